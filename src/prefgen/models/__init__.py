@@ -1,0 +1,1 @@
+"""Networks and frozen parts, with plain arguments and no configuration objects."""
