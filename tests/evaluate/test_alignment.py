@@ -1,0 +1,102 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from prefgen.evaluate import alignment
+
+
+def _rows(count, width, *, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_own_ranks_by_hand_with_a_tie():
+    candidates = torch.tensor([[0.0], [1.0], [1.0], [5.0]])
+    queries = torch.tensor([[0.1], [1.0], [4.0], [5.2]])
+    # query 1: its own text and user 2's are the same point, so it stands between places 1 and 2;
+    # query 2 at 4: nearest is user 3, then users 1 and 2 tie for places 2 and 3.
+    assert alignment.own_ranks(queries, candidates).tolist() == [1.0, 1.5, 2.5, 1.0]
+
+
+def test_retrieval_of_a_perfect_and_of_a_random_map():
+    text = _rows(100, 8)
+    perfect = alignment.retrieval(text, text, seed=0)
+    assert perfect.recall_1.mean == perfect.recall_10.low == 1.0
+    blind = alignment.retrieval(_rows(100, 8, seed=1), text, seed=0)
+    assert blind.recall_1.mean < 0.06
+    assert blind.chance_1 == 0.01
+    assert blind.recall_10.low <= 0.1 <= blind.recall_10.high
+    assert blind.recall_10.num_users == 100
+
+
+def test_bootstrap_interval_matches_the_normal_one():
+    values = np.random.default_rng(0).random(400)
+    estimate = alignment.bootstrap(values, seed=3)
+    half = 1.96 * values.std() / 20
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.005)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.005)
+    assert estimate == alignment.bootstrap(values, seed=3)
+    with pytest.raises(ValueError, match="at least one"):
+        alignment.bootstrap([], seed=0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 17])
+def test_derangement_moves_everyone_once(count):
+    order = alignment.derangement(count, seed=5)
+    assert sorted(order) == list(range(count))
+    assert all(i != j for i, j in enumerate(order))
+    assert order == alignment.derangement(count, seed=5)
+
+
+def test_derangement_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        alignment.derangement(1, seed=0)
+
+
+def test_spread_tells_collapse_from_scale():
+    rows = _rows(300, 6)
+    whole = alignment.spread(rows)
+    assert whole.effective_rank == pytest.approx(6, abs=0.2)
+    assert alignment.spread(rows * 0.1).distance == pytest.approx(whole.distance * 0.1)
+    line = alignment.spread(rows[:, :1] @ _rows(1, 6))
+    assert line.effective_rank == pytest.approx(1, abs=1e-6)
+    point = alignment.spread(torch.ones(4, 6))
+    assert (point.distance, point.effective_rank) == (0.0, 1.0)
+
+
+def test_neighbourhood_overlap_of_rotation_and_of_noise():
+    rows = _rows(80, 6)
+    rotation, _ = torch.linalg.qr(_rows(6, 6, seed=2))
+    assert alignment.neighbourhood_overlap(rows, rows @ rotation * 3, num_neighbours=8) == 1.0
+    noise = alignment.neighbourhood_overlap(rows, _rows(80, 6, seed=3), num_neighbours=8)
+    assert noise == pytest.approx(8 / 79, abs=0.05)
+    assert alignment.neighbourhood_overlap(rows[:1], rows[:1], num_neighbours=8) == 1.0
+
+
+def test_separability_of_same_and_of_shifted_clouds():
+    first, second = _rows(150, 10), _rows(150, 10, seed=1)
+    assert alignment.separability(first, second, seed=0) == pytest.approx(0.5, abs=0.09)
+    assert alignment.separability(first, second + 2, seed=0) > 0.97
+
+
+def test_separability_does_not_profit_from_knowing_the_user():
+    # Two copies of one cloud: only a split that tears a user apart could do other than chance or worse.
+    rows = _rows(60, 40)
+    assert alignment.separability(rows, rows.clone(), seed=0) <= 0.55
+
+
+def test_readable_attributes_planted_absent_and_constant():
+    sem = _rows(300, 12)
+    labels = torch.stack([sem[:, 0] > 0, _rows(300, 1, seed=9)[:, 0] > 0, torch.ones(300) > 0], dim=1)
+    areas = alignment.readable_attributes(
+        sem[:200], labels[:200], queries=sem[200:], query_labels=labels[200:]
+    )
+    assert areas[0] > 0.95
+    assert areas[1] == pytest.approx(0.5, abs=0.15)
+    assert math.isnan(areas[2])
+
+
+def test_unequal_numbers_of_rows_are_our_own_mistake():
+    with pytest.raises(ValueError, match="equal N"):
+        alignment.own_ranks(_rows(3, 2), _rows(4, 2))
