@@ -1,0 +1,1 @@
+"""Measures of what was learned; plain arguments, no configuration objects."""
