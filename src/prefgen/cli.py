@@ -1,0 +1,115 @@
+"""argv -> command. Prints a user's mistake as one line and never a traceback; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from prefgen import __version__
+from prefgen.commands import COMMANDS
+from prefgen.config_keys import did_you_mean
+from prefgen.errors import ConfigError, PrefgenError
+
+USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
+
+DESCRIPTION = """\
+Learn one person's visual taste from a few liked and disliked images and make a diffusion model follow it.
+
+The way from histories to images:
+  prefgen data agents / data build       simulated users with drawings, packed into shards
+  prefgen fit --stage vqa                teach a multi-image language model to answer "would they like this?"
+  prefgen fit --stage probe              find the layers that hold a person's taste
+  prefgen predict --stage probe          write every user's embeddings
+  prefgen fit --stage align              bring them into the diffusion model's text space (MMD)
+  prefgen fit --stage inject             let the frozen diffusion model listen to them
+  prefgen profile build / generate       one person's profile, and images for it
+"""
+EPILOG = "Settings are key=value, without dashes: prefgen fit --stage align trainer.max_steps=100"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ours: one line, raised, so that ``main`` prints them."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise ConfigError(f"{message}; see '{self.prog} --help'")
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="prefgen", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"prefgen {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for module in COMMANDS:
+        import_module(module).add_parser(subparsers)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Command-line words as a namespace; ``key=value`` words may stand anywhere.
+
+    Raises:
+        ConfigError: the words make no command.
+    """
+    parser = build_parser()
+    known = list(next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices)
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        hint = did_you_mean(argv[0], among=known)
+        raise ConfigError(f"unknown command '{argv[0]}'; commands: {', '.join(known)}.{hint}")
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        raise SystemExit(0 if not argv else USER_ERROR)
+    for word in rest:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and hasattr(args, "overrides") and "." in name:
+            raise ConfigError(f"overrides are written without dashes: {word.lstrip('-')}")
+        if word.startswith("-") or not hasattr(args, "overrides"):
+            raise ConfigError(f"unknown option '{word}'; see 'prefgen {args.command} --help'")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when it did its work, 2 for a mistake the user can mend, 1 for one of ours, 130 when interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        code: int = args.run(args)
+    except PrefgenError as error:
+        return _fail(str(error), code=USER_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=INTERRUPTED)
+    except BrokenPipeError:  # e.g. `prefgen config --stage align | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open while Python shuts down
+        return 0
+    except Exception as error:
+        if os.environ.get("PREFGEN_DEBUG"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return _fail(f"{text} (PREFGEN_DEBUG=1 shows where)", code=OUR_ERROR)
+    return code
+
+
+def _fail(message: str, *, code: int) -> int:
+    print(f"prefgen: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    raise SystemExit(main())

@@ -1,0 +1,127 @@
+"""What all stages share: optimizer and schedule, and checkpoints that hold trained parts only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+
+from prefgen.checkpoint import check_trained, keep_trained
+from prefgen.config import StageConfig, to_plain
+from prefgen.errors import ConfigError
+
+
+class StageModule(LightningModule):
+    """Base of the four stages' modules.
+
+    A stage's module is built as ``XModule(config)``, names itself in ``stage``, freezes what does not train
+    (``requires_grad_(False)``) before it returns from ``__init__``, and offers the ordinary Lightning steps.
+    ``optim.ema_decay``, checkpoints, resume and metrics.json are run.py's and need no code in a stage.
+    """
+
+    stage: ClassVar[str]
+    """The stage's name in ``STAGES``."""
+
+    def __init__(self, config: StageConfig) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints lack the frozen part; on_load_checkpoint is stricter
+        self._stage_config = config
+        # Only plain values: a dataclass or Path here would make the checkpoint unloadable with weights_only.
+        self.save_hyperparameters({"stage": self.stage, "config": to_plain(config)})
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder, where a stage puts its artefact and pictures."""
+        return Path(self._stage_config.run_dir)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule over the trained parameters, from the ``optim`` section."""
+        optim = self._stage_config.optim
+        return build_optimizer(
+            self.trained_parameters(),
+            learning_rate=optim.learning_rate,
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained part only."""
+        checkpoint["state_dict"] = keep_trained(checkpoint["state_dict"], module=self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose absent entries are not exactly the frozen part.
+
+        Raises:
+            CheckpointError: it was made with another configuration.
+        """
+        check_trained(checkpoint["state_dict"], module=self, where=f"the {self.stage} checkpoint")
+
+    def export(self, run_dir: Path) -> Path | None:
+        """Write the stage's artefact into the run folder after training; called with EMA weights in place.
+
+        Returns:
+            The artefact's path, printed when the fit ends; None for a stage without one.
+        """
+        del run_dir
+        return None
+
+    def predict(self, data: LightningDataModule) -> Path:
+        """Write what the stage predicts (``prefgen predict``); its weights are loaded already.
+
+        Returns:
+            Where the result went.
+
+        Raises:
+            ConfigError: the stage predicts nothing.
+        """
+        del data
+        raise ConfigError(f"stage '{self.stage}' has nothing to predict; 'prefgen predict' is for probe")
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    schedule: Literal["constant", "cosine"] = "constant",
+    warmup_steps: int = 0,
+    total_steps: int,
+) -> dict[str, Any]:
+    """AdamW with a per-step schedule, in the form Lightning's ``configure_optimizers`` returns.
+
+    Args:
+        parameters: what to train.
+        learning_rate: peak rate.
+        weight_decay: decoupled decay.
+        betas: AdamW's running means.
+        schedule: the rate after the warm-up; cosine reaches 0 at ``total_steps``.
+        warmup_steps: steps of linear rise.
+        total_steps: optimizer steps in all.
+    """
+    optimizer = torch.optim.AdamW(
+        list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=(betas[0], betas[1])
+    )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if schedule == "constant":
+            return 1.0
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
