@@ -1,8 +1,8 @@
 """Several questions behind one shared history, as one row of tokens.
 
-A row is ``history | question 1 + answer 1 | question 2 + answer 2 | ...``. Every question sees the history
-and itself only, and starts at the same position (the length of the history), so the logits are those of asking
-the questions one by one while the history is attended once. The mask is ADDITIVE FLOAT: in the eager attention
+A row is ``history | question 1 + answer 1 | question 2 + answer 2 | ...``. Each question sees the history and
+itself only, and starts at the same position (the length of the history), so the logits are those of asking
+them one by one while the history is attended once. The mask is ADDITIVE FLOAT: in the eager attention
 of transformers a boolean 4D mask is added as 0/1 and is silently wrong.
 
 Words are free: the vqa stage, the neutral grouping of the foundation and plain captions all pack here.

@@ -1,0 +1,79 @@
+"""LoRA on the language model of an MLLM, in peft's format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from prefgen.errors import CheckpointError
+from prefgen.models.mllm import MLLM
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def add_lora(
+    mllm: MLLM,
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = LORA_TARGETS,
+) -> PeftModel:
+    """Freeze the model and put trainable LoRA into the linear layers of its language model.
+
+    The layers are replaced in place: ``mllm`` goes on working, now with LoRA. The wrapper returned is what
+    ``save_pretrained`` is called on. LoRA starts as the identity, so nothing changes before training.
+
+    Raises:
+        CheckpointError: no linear layer of the language model has one of these names.
+    """
+    pattern = rf".*text_model\.layers\.\d+\..*\.({'|'.join(targets)})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+    try:
+        return get_peft_model(mllm.model, config)
+    except ValueError as error:
+        raise CheckpointError(f"no layer of the language model is called {', '.join(targets)}") from error
+
+
+def load_lora(mllm: MLLM, *, path: str | Path) -> PeftModel:
+    """Put a saved LoRA into the model, frozen, ready for use.
+
+    Raises:
+        CheckpointError: no LoRA there, or it does not fit this model.
+    """
+    if not (Path(path) / WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"no LoRA at {path}: expected {WEIGHTS_NAME} and adapter_config.json in it")
+    try:
+        return PeftModel.from_pretrained(mllm.model, path, is_trainable=False).eval()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"the LoRA at {path} does not fit this model: {reason}") from error
+
+
+def save_lora(model: PeftModel, *, path: Path) -> Path:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``: the trained part only."""
+    model.peft_config["default"].base_model_name_or_path = None
+    model.save_pretrained(path, save_embedding_layers=False)
+    readme = path / "README.md"
+    readme.unlink(missing_ok=True)
+    return path
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of all safetensors and json files of a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in _HASHED)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+_HASHED: tuple[Any, ...] = (".safetensors", ".json")

@@ -1,0 +1,161 @@
+"""Linear probes of every (layer, pooling) cell, trained together as one batched module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prefgen.errors import ConfigError
+from prefgen.models.pooling import POOLINGS, Pooling
+
+ChoiceRule = Literal["rule", "paper"]
+NUM_SEM_LAYERS = 4
+
+
+class ProbeGrid(nn.Module):
+    """One linear classifier per cell: (N, C, D) features -> (N, C, classes) logits.
+
+    The loss is a sum over cells and AdamW works elementwise, so each cell trains exactly as it would alone.
+    Features are standardised per cell by statistics set once from the training features.
+    """
+
+    mean: Tensor
+    inverse_std: Tensor
+
+    def __init__(self, *, num_cells: int, dim: int, num_classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = torch.randn(num_cells, num_classes, dim, generator=generator) / math.sqrt(dim)
+        self.weight = nn.Parameter(weight * 0.1)
+        self.bias = nn.Parameter(torch.zeros(num_cells, num_classes))
+        self.register_buffer("mean", torch.zeros(num_cells, dim))
+        self.register_buffer("inverse_std", torch.ones(num_cells, dim))
+
+    @torch.no_grad()
+    def set_statistics(self, features: Tensor) -> None:
+        """Take mean and standard deviation from training features (N, C, D)."""
+        for cell in range(features.shape[1]):
+            values = features[:, cell].float()
+            self.mean[cell] = values.mean(0)
+            self.inverse_std[cell] = 1 / values.std(0, correction=0).clamp(min=1e-5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (N, C, classes) in float32 whatever autocast says: a probe must not depend on rounding."""
+        with torch.autocast(features.device.type, enabled=False):
+            standard = (features.float() - self.mean) * self.inverse_std
+            return torch.einsum("ncd,ckd->nck", standard, self.weight) + self.bias
+
+    def loss(self, features: Tensor, *, labels: Tensor) -> Tensor:
+        """Cross-entropy per cell (C,); train on its SUM."""
+        logits = self(features)
+        repeated = labels[:, None].expand(-1, logits.shape[1])
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), repeated.flatten(), reduction="none")
+        return losses.view(repeated.shape).mean(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellAccuracy:
+    """Accuracy of one cell with a 95 % interval over users."""
+
+    layer: int
+    pooling: Pooling
+    accuracy: float
+    low: float
+    high: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """Where core and sem are read. Layers are numbered 1 to L."""
+
+    sem_layers: tuple[int, ...]
+    sem_pooling: Pooling
+    core_layer: int
+    core_pooling: Pooling
+
+
+def cell_accuracies(
+    correct: np.ndarray, *, groups: np.ndarray, num_layers: int, seed: int, num_resamples: int = 1000
+) -> list[CellAccuracy]:
+    """Accuracy and bootstrap interval of each cell.
+
+    Args:
+        correct: (N, layers * poolings) 0 or 1, layer by layer.
+        groups: (N,) which user a sample belongs to; users are resampled, for samples of one user agree.
+        num_layers: L.
+        seed: of the resampling.
+        num_resamples: bootstrap draws.
+    """
+    users, member = np.unique(groups, return_inverse=True)
+    hits = np.zeros((len(users), correct.shape[1]))
+    np.add.at(hits, member, correct)
+    sizes = np.bincount(member).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(users), np.full(len(users), 1 / len(users)), size=num_resamples)
+    resampled = (drawn @ hits) / (drawn @ sizes)[:, None]
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    accuracy = hits.sum(0) / sizes.sum()
+    poolings = POOLINGS[: correct.shape[1] // num_layers]
+    cells = [(layer, pooling) for layer in range(1, num_layers + 1) for pooling in poolings]
+    return [
+        CellAccuracy(
+            layer=layer,
+            pooling=pooling,
+            accuracy=float(accuracy[i]),
+            low=float(low[i]),
+            high=float(high[i]),
+            num_samples=int(correct.shape[0]),
+        )
+        for i, (layer, pooling) in enumerate(cells)
+    ]
+
+
+def choose_layers(
+    *, inter: Sequence[CellAccuracy], intra: Sequence[CellAccuracy], num_layers: int, rule: ChoiceRule
+) -> LayerChoice:
+    """Core from the inter-user grid, sem from the intra-user grid.
+
+    Core is the best inter-user cell of the upper half of the layers, under both rules. Sem is, by "paper",
+    the last token of the top four layers; by "rule", the pooling whose four best layers are best on average,
+    with those four layers. Of equals the higher layer, then the earlier pooling, wins.
+
+    Raises:
+        ConfigError: the model has fewer than four layers.
+    """
+    if num_layers < NUM_SEM_LAYERS:
+        raise ConfigError(f"sem takes {NUM_SEM_LAYERS} layers, but the MLLM has {num_layers}")
+    upper = [cell for cell in inter if cell.layer >= (num_layers + 1) // 2]
+    core = max(upper, key=lambda cell: (cell.accuracy, cell.layer, -POOLINGS.index(cell.pooling)))
+    if rule == "paper":
+        sem_pooling: Pooling = "last"
+        sem_layers = tuple(range(num_layers - NUM_SEM_LAYERS + 1, num_layers + 1))
+    else:
+        best = {pooling: _best_layers(intra, pooling=pooling) for pooling in POOLINGS}
+        sem_pooling = max(POOLINGS, key=lambda name: (best[name][0], -POOLINGS.index(name)))
+        sem_layers = best[sem_pooling][1]
+    return LayerChoice(
+        sem_layers=sem_layers, sem_pooling=sem_pooling, core_layer=core.layer, core_pooling=core.pooling
+    )
+
+
+def rule_words(rule: ChoiceRule) -> str:
+    """The written rule for probe.json."""
+    core = "core: the best inter-user cell of the middle-to-upper layers"
+    if rule == "paper":
+        return f"{core}; sem: last token of the top four layers (the paper's choice)"
+    return (
+        f"{core}; sem: the pooling whose four best intra-user layers are best on average, with those layers"
+    )
+
+
+def _best_layers(cells: Sequence[CellAccuracy], *, pooling: Pooling) -> tuple[float, tuple[int, ...]]:
+    own = sorted(
+        (cell for cell in cells if cell.pooling == pooling), key=lambda cell: (cell.accuracy, cell.layer)
+    )[-NUM_SEM_LAYERS:]
+    return sum(cell.accuracy for cell in own) / len(own), tuple(sorted(cell.layer for cell in own))
