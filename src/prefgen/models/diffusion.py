@@ -1,0 +1,323 @@
+"""A frozen diffusion pipeline as one bundle: mini, SD 1.5 and SDXL folders alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prefgen.errors import DataError
+from prefgen.models.noise import NoiseSchedule
+from prefgen.models.pixels import to_pil
+from prefgen.models.text import draw_list
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCondition:
+    """Encoded prompts.
+
+    Attributes:
+        hidden: (B,T,Dcross) what the text cross-attention reads.
+        pooled: (B,Dtext) one vector a prompt: the last text encoder's pooled or projected state.
+    """
+
+    hidden: Tensor
+    pooled: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[TextCondition]) -> TextCondition:
+        """Several batches as one."""
+        return TextCondition(
+            hidden=torch.cat([part.hidden for part in parts]),
+            pooled=torch.cat([part.pooled for part in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentMoments:
+    """The VAE's Gaussian posterior of some images, unscaled; cached instead of pixels.
+
+    Attributes:
+        mean: (B,C,h,w).
+        std: (B,C,h,w).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionBundle:
+    """The parts of a stock diffusers pipeline, frozen and in eval mode.
+
+    Attributes:
+        unet: ``UNet2DConditionModel``.
+        vae: ``AutoencoderKL``, possibly in a dtype of its own (SDXL's overflows in float16).
+        text_encoder: first text encoder.
+        tokenizer: its tokenizer.
+        scheduler: the pipeline's scheduler; never stepped, a sampler makes its own copy.
+        image_encoder: ``CLIPVisionModelWithProjection``, or None where the folder has none.
+        feature_extractor: its preprocessing, or None.
+        text_encoder_2: SDXL's second text encoder, or None.
+        tokenizer_2: its tokenizer, or None.
+        schedule: the noise schedule in plain numbers.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    image_encoder: Any
+    feature_extractor: Any
+    text_encoder_2: Any
+    tokenizer_2: Any
+    schedule: NoiseSchedule
+
+    @staticmethod
+    def load(
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        vae_dtype: torch.dtype | None = None,
+        image_encoder: str | None = None,
+        memory_format: MemoryFormat = "contiguous",
+    ) -> DiffusionBundle:
+        """Read a pipeline folder, or a hub id, in diffusers format.
+
+        Args:
+            path: folder or hub id.
+            dtype: of the frozen weights.
+            device: where they live.
+            vae_dtype: of the VAE alone; None keeps ``dtype``.
+            image_encoder: folder or hub id of a CLIP image encoder, for pipelines that ship none.
+            memory_format: layout of the convolutions; channels_last is about twice as fast on a CPU but may
+                differ from a stock pipeline in the last bits.
+
+        Raises:
+            DataError: no pipeline there, or one without UNet, VAE or text encoder.
+        """
+        parts = _load_parts(path, dtype=dtype)
+        if image_encoder is not None:
+            parts["image_encoder"], parts["feature_extractor"] = _load_image_encoder(
+                image_encoder, dtype=dtype
+            )
+        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            if parts.get(name) is None:
+                raise DataError(f"{path}: the pipeline has no {name}; prefgen needs a UNet text-to-image one")
+        names = [name for name in DiffusionBundle.__dataclass_fields__ if name != "schedule"]
+        kept = {name: parts.get(name) for name in names}
+        for name, module in kept.items():
+            if isinstance(module, torch.nn.Module):
+                wanted = vae_dtype if name == "vae" and vae_dtype is not None else dtype
+                module.to(device=device, dtype=wanted).requires_grad_(False).eval()
+        if memory_format == "channels_last":
+            for name in ("unet", "vae"):
+                parts[name].to(memory_format=torch.channels_last)
+        return DiffusionBundle(schedule=NoiseSchedule.of(kept["scheduler"]), **kept)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet lives."""
+        return cast(torch.device, self.unet.device)
+
+    @property
+    def cross_width(self) -> int:
+        """Dcross, the width of what cross-attention reads."""
+        return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def image_width(self) -> int:
+        """Dimage, the width of image embeddings."""
+        return int(self._image_encoder().config.projection_dim)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C,h,w) of the latents of one image at the pipeline's own size."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.unet.config.in_channels), int(height), int(width)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that go with ``latent_shape``."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts as the stock pipeline does.
+
+        Args:
+            prompts: B texts; the empty text is the unconditional one.
+
+        Returns:
+            hidden (B,T,Dcross) and pooled (B,Dtext).
+
+        Raises:
+            DataError: a prompt is longer than a text encoder takes; nothing is ever cut silently.
+        """
+        if self.text_encoder_2 is None:
+            out = self.text_encoder(self._token_ids(prompts, tokenizer=self.tokenizer))
+            return TextCondition(hidden=out.last_hidden_state, pooled=out.pooler_output)
+        first = self.text_encoder(
+            self._token_ids(prompts, tokenizer=self.tokenizer), output_hidden_states=True
+        )
+        second = self.text_encoder_2(
+            self._token_ids(prompts, tokenizer=self.tokenizer_2), output_hidden_states=True
+        )
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return TextCondition(hidden=hidden, pooled=second.text_embeds)
+
+    def _token_ids(self, prompts: Sequence[str], *, tokenizer: Any) -> Tensor:
+        limit = int(tokenizer.model_max_length)
+        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=False)["input_ids"]
+        for prompt, row in zip(prompts, ids, strict=True):
+            if len(row) > limit:
+                raise DataError(
+                    f"prompt of {len(row)} tokens for a text encoder of {limit}; shorten it: {prompt[:60]!r}"
+                )
+        return torch.tensor(ids, device=self.device)
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> LatentMoments:
+        """Posterior of images (B,3,H,W) in [-1,1]."""
+        posterior = self.vae.encode(pixels.to(device=self.device, dtype=self.vae.dtype)).latent_dist
+        return LatentMoments(mean=posterior.mean, std=posterior.std)
+
+    def draw_latents(self, moments: LatentMoments, *, noise: Tensor) -> Tensor:
+        """Latents (B,C,h,w) in the UNet's scale, drawn from ``moments`` with ``noise`` (B,C,h,w)."""
+        drawn = moments.mean + moments.std * noise.to(moments.mean)
+        return drawn.mul(self.vae.config.scaling_factor)
+
+    def encode_latents(self, pixels: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Latents (B,C,h,w) in the UNet's scale of images (B,3,H,W) in [-1,1]; noise from ``generator``."""
+        moments = self.encode_moments(pixels)
+        noise = torch.randn(moments.mean.shape, generator=generator)
+        return self.draw_latents(moments, noise=noise)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B,3,H,W), about [-1,1] and not clamped, of latents (B,C,h,w) in the UNet's scale."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0])
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Image embeddings e_img.
+
+        Args:
+            images: B pictures, or pixels (B,3,H,W) in [-1,1]. Pixels go through 8-bit pictures and the same
+                preprocessing, so both ways agree to the last bit for a decoded picture.
+
+        Returns:
+            (B,Dimage) float32.
+
+        Raises:
+            DataError: the pipeline has no image encoder.
+        """
+        encoder = self._image_encoder()
+        pictures = to_pil(images) if isinstance(images, Tensor) else [i.convert("RGB") for i in images]
+        values = self.feature_extractor(pictures, return_tensors="pt")["pixel_values"]
+        values = values.to(device=encoder.device, dtype=encoder.dtype)
+        return cast(Tensor, encoder(values).image_embeds).float()
+
+    def _image_encoder(self) -> Any:
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise DataError(
+                "the pipeline has no image encoder for e_img; pass model.image_encoder=FOLDER "
+                "(a CLIPVisionModelWithProjection with its preprocessor)"
+            )
+        return self.image_encoder
+
+    def denoise(self, latents: Tensor, *, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The UNet's prediction (B,C,h,w) for latents (B,C,h,w) at ``timesteps`` (B,) or ()."""
+        return cast(
+            Tensor,
+            self.unet(
+                latents,
+                timesteps,
+                encoder_hidden_states=text.hidden,
+                added_cond_kwargs=self._added(text, latents=latents),
+                return_dict=False,
+            )[0],
+        )
+
+    def _added(self, text: TextCondition, *, latents: Tensor) -> dict[str, Tensor] | None:
+        if self.unet.config.addition_embed_type != "text_time":
+            return None
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+        ids = torch.tensor(
+            [[height, width, 0, 0, height, width]], device=self.device, dtype=text.pooled.dtype
+        )
+        return {"text_embeds": text.pooled, "time_ids": ids.expand(len(latents), -1)}
+
+
+def fit_words(words: Sequence[str], *, tokenizer: Any, rng: np.random.Generator) -> str:
+    """A comma list of the words in a newly drawn order, as many as the tokenizer's length takes.
+
+    Raises:
+        DataError: not even one word fits.
+    """
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    return draw_list(words, rng=rng, num_tokens=num_tokens, max_tokens=int(tokenizer.model_max_length))
+
+
+def _load_parts(path: str, *, dtype: torch.dtype) -> dict[str, Any]:
+    # diffusers takes seconds to import; whoever wants only this module's helpers should not wait.
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import is_accelerate_available
+
+    try:
+        with _quiet():
+            pipeline = DiffusionPipeline.from_pretrained(
+                path, dtype=dtype, low_cpu_mem_usage=is_accelerate_available()
+            )
+    except (OSError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"no diffusers pipeline at {path}: {reason[:200]}") from None
+    return cast("dict[str, Any]", pipeline.components)
+
+
+def _load_image_encoder(path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+    try:
+        with _quiet():
+            encoder = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype)
+            return encoder, CLIPImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no CLIP image encoder at {path}: {str(error).splitlines()[0][:200]}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loaders' progress bars and the hint about torchvision, which a user can do nothing with."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        diffusers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,91 @@
+"""The trained part of stage inject as one module: fusion and user attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from prefgen.errors import CheckpointError
+from prefgen.models.fusion import FusionShape, PartName, UserFusion, count_parameters
+from prefgen.models.user_attention import UserAttention
+
+
+class UserAdapter(nn.Module):
+    """Fusion and the user branch of every cross-attention; its state dict is ``user_adapter.safetensors``.
+
+    Args:
+        unet: the frozen UNet it is made for; the branch starts from its text projections.
+        shape: parts, their widths, and the UNet's cross-attention width.
+
+    Raises:
+        CheckpointError: the shape was made for a UNet of another cross-attention width.
+    """
+
+    def __init__(self, unet: object, *, shape: FusionShape) -> None:
+        super().__init__()
+        self.fusion = UserFusion(shape)
+        self.attention = UserAttention(unet)
+        widths = {layer.to_k_user.in_features for layer in self.attention.branches}
+        if widths != {shape.cross_width}:
+            raise CheckpointError(
+                f"user adapter of cross-attention width {shape.cross_width} for a UNet of {sorted(widths)}"
+            )
+
+    def tokens(
+        self, parts: Mapping[PartName, Tensor], *, keep: Mapping[PartName, Tensor] | None = None
+    ) -> Tensor:
+        """``user_embeds`` (B,num_user_tokens,Dcross) of a batch of parts; see ``UserFusion.rows``."""
+        embeds: Tensor = self.fusion(self.fusion.rows(parts, keep=keep))
+        return embeds
+
+    def null_tokens(self, batch_size: int = 1) -> Tensor:
+        """Tokens of the user of whom nothing is known, for the unconditional branch."""
+        embeds: Tensor = self.fusion(self.fusion.null_rows(batch_size))
+        return embeds
+
+    def num_parameters(self) -> dict[str, int]:
+        """Trainable numbers in the fusion and in the UNet's new projections."""
+        return {"fusion": count_parameters([self.fusion]), "attention": count_parameters([self.attention])}
+
+
+def to_ip_adapter_state(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
+    """The adapter as IP-Adapter weights that a stock diffusers pipeline loads.
+
+    ``image_proj`` holds ``proj.*`` and ``norm.*``; ``ip_adapter`` holds ``N.to_k_ip.weight`` and
+    ``N.to_v_ip.weight`` with N = 1, 3, 5 .. in the order of the UNet's cross-attentions. A user is then
+    passed as ``ip_adapter_image_embeds=[fusion.rows(parts)]`` with the zero rows of ``fusion.null_rows``
+    before it under classifier-free guidance; ``user_scale`` is ``set_ip_adapter_scale``.
+    """
+    image_proj = {
+        name: tensor.detach().clone()
+        for name, tensor in adapter.fusion.state_dict().items()
+        if name.startswith(("proj.", "norm."))
+    }
+    ip_adapter = {}
+    for index, layer in enumerate(adapter.attention.branches):
+        ip_adapter[f"{2 * index + 1}.to_k_ip.weight"] = layer.to_k_user.weight.detach().clone()
+        ip_adapter[f"{2 * index + 1}.to_v_ip.weight"] = layer.to_v_user.weight.detach().clone()
+    return {"image_proj": image_proj, "ip_adapter": ip_adapter}
+
+
+def load_ip_adapter_state(adapter: UserAdapter, *, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """The way back: weights of an IP-Adapter of the form Linear + LayerNorm into an adapter.
+
+    Raises:
+        CheckpointError: a key is missing or left over, or a shape differs.
+    """
+    own = to_ip_adapter_state(adapter)
+    for group, tensors in own.items():
+        given = state.get(group, {})
+        odd = sorted(set(tensors) ^ set(given))
+        if odd:
+            raise CheckpointError(f"not an IP-Adapter for this UNet: {group}.{odd[0]} is missing or unknown")
+        for name, tensor in tensors.items():
+            if tensor.shape != given[name].shape:
+                got, needed = tuple(given[name].shape), tuple(tensor.shape)
+                raise CheckpointError(f"{group}.{name} has shape {got}, this UNet needs {needed}")
+    adapter.fusion.load_state_dict(dict(state["image_proj"]), strict=False)
+    for index, layer in enumerate(adapter.attention.branches):
+        layer.to_k_user.load_state_dict({"weight": state["ip_adapter"][f"{2 * index + 1}.to_k_ip.weight"]})
+        layer.to_v_user.load_state_dict({"weight": state["ip_adapter"][f"{2 * index + 1}.to_v_ip.weight"]})
