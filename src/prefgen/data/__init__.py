@@ -1,0 +1,1 @@
+"""Histories, shards, embeddings and the loader that resumes exactly."""

@@ -1,0 +1,401 @@
+"""A loader that resumes exactly: its state is one position, and going on seeks there instead of replaying.
+
+torch's DataLoader does the work in processes; this class decides the order and counts what the consumer got.
+Lightning 2.6.6 calls ``state_dict``/``load_state_dict`` by itself, and moves the epoch on through
+``loader.batch_sampler.sampler.set_epoch``. Only the length lets it know an epoch's last batch without fetching
+one more, so ``__len__`` is part of exact resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from prefgen.data.order import epoch_order, fingerprint, rank_share
+from prefgen.data.reader import OnBad, SkipCounter
+from prefgen.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+B = TypeVar("B")
+
+STATE_VERSION = 1
+WORKER_GRACE_SECONDS = 30
+"""How long a worker outlives SIGTERM, so that the trainer can finish its step and write a checkpoint."""
+
+
+class ExampleDataset(Protocol[T_co]):
+    """What the loader reads. ``example`` is a pure function of its arguments: randomness through ``rng_for``.
+
+    A data set read in windows also has ``shard_sizes``: samples in each shard, in order.
+    """
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def example(self, index: int, *, epoch: int) -> T_co | None:
+        """One example; ``None`` for a sample the reader has skipped (and counted)."""
+
+
+class ResumableLoader(Generic[T, B]):
+    """Batches of one rank, epoch after epoch, from any position.
+
+    Attributes:
+        epoch: the epoch of the next batch.
+        batches_done: batches of that epoch handed to the consumer.
+        skipped: bad samples left out so far (``on_bad="skip"``), over all workers.
+    """
+
+    def __init__(
+        self,
+        dataset: ExampleDataset[T],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        num_workers: int,
+        collate_fn: Callable[[list[T]], B],
+        rank: int = 0,
+        world_size: int = 1,
+        window_shards: int | None = None,
+        on_bad: OnBad = "raise",
+        prefetch_factor: int = 2,
+        multiprocessing_context: str | None = None,
+        name: str = "samples",
+    ) -> None:
+        """Check the sizes and build; no process starts before the first batch.
+
+        Args:
+            dataset: see :class:`ExampleDataset`. Picklable, like ``collate_fn``.
+            batch_size: samples a batch on this rank.
+            seed: of the order.
+            shuffle: training. Without it (evaluation) the order is the data set's, every epoch is epoch 0 to
+                ``example``, and each sample is met exactly once over the ranks.
+            drop_last: leave out an incomplete last batch.
+            num_workers: processes; 0 works in this one. Never changes what comes.
+            collate_fn: list of examples -> batch; a module-level function or object.
+            rank: this process among ``world_size``.
+            world_size: number of processes that share the data.
+            window_shards: shuffle inside windows of so many shards; the data set must have ``shard_sizes``.
+            on_bad: let a sample's DataError pass, or leave the sample out, count and log it (smaller batch).
+            prefetch_factor: batches every worker prepares ahead.
+            multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
+            name: what the samples are called in messages, such as "users of split train".
+
+        Raises:
+            DataError: sizes that make no batch; the message shows the arithmetic.
+        """
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.epoch = 0
+        self.batches_done = 0
+        self._seed = seed
+        self._shuffle = shuffle
+        self._drop_last = drop_last
+        self._rank = rank
+        self._world_size = world_size
+        self._window_shards = window_shards
+        self._skips = SkipCounter()
+        self._moves = 0
+        self._handed = False
+        self._check(name)
+        self._plan = _Plan()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Examples(dataset, on_bad=on_bad),
+            batch_sampler=self._plan,
+            num_workers=num_workers,
+            collate_fn=_Collate(collate_fn),
+            worker_init_fn=_start_worker if num_workers else None,
+            multiprocessing_context=multiprocessing_context if num_workers else None,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=num_workers > 0,
+            # torch draws a base seed for each pass; from the global generator, dropout would depend on how
+            # often the loader was started, and a resumed run would differ.
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self._stop = weakref.finalize(self, _stop_workers, self._loader)
+        self.batch_sampler = _EpochHook(self)
+
+    def __len__(self) -> int:
+        """Batches of one epoch on this rank."""
+        full, rest = divmod(self._share_size(), self.batch_size)
+        return full if self._drop_last else full + bool(rest)
+
+    def __iter__(self) -> Iterator[B]:
+        """Begin the next epoch, or go on where ``load_state_dict`` or ``set_epoch`` has put the loader.
+
+        An epoch left early counts as finished. Two iterators of one loader share its position.
+        """
+        if self._handed or self.batches_done >= len(self):
+            self._move(epoch=self.epoch + 1 if self._shuffle else 0, batches_done=0)
+        return _Batches(self)
+
+    @property
+    def skipped(self) -> int:
+        """Bad samples left out so far."""
+        return self._skips.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; nothing happens when the loader is in it already."""
+        if epoch != self.epoch:
+            self._move(epoch=epoch, batches_done=0)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the consumer is: plain values only."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Seek. The state may come from any rank and from any number of workers.
+
+        Raises:
+            CheckpointError: the state is of another order: other data, seed, batch size or number of ranks.
+        """
+        for key, mine in {"version": STATE_VERSION, **self._identity()}.items():
+            if state.get(key) != mine:
+                raise CheckpointError(
+                    f"the data position in the checkpoint was saved with {key}={state.get(key)!r}, but this "
+                    f"run has {key}={mine!r}; exact resume needs the same {key}"
+                )
+        epoch, done = state.get("epoch"), state.get("batches_done")
+        if not isinstance(epoch, int) or not isinstance(done, int) or epoch < 0 or not 0 <= done <= len(self):
+            raise CheckpointError(
+                f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
+            )
+        self._move(epoch=epoch, batches_done=done)
+
+    def close(self) -> None:
+        """Stop the worker processes; iterating again starts new ones."""
+        _stop_workers(self._loader)
+        self._moves += 1
+
+    def _identity(self) -> dict[str, int | str]:
+        sizes = tuple(getattr(self.dataset, "shard_sizes", ())) if self._window_shards else ()
+        return {
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "world_size": self._world_size,
+            "num_samples": len(self.dataset),
+            "order": fingerprint(self._shuffle, self._drop_last, self._window_shards, sizes),
+        }
+
+    def _move(self, *, epoch: int, batches_done: int) -> None:
+        self.epoch = epoch
+        self.batches_done = batches_done
+        self._handed = False
+        self._moves += 1
+
+    def _share_size(self) -> int:
+        share: slice[int, int, None] = rank_share(
+            len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal
+        )
+        return share.stop - share.start
+
+    @property
+    def _equal(self) -> bool:
+        return self._shuffle or self._drop_last
+
+    def _check(self, name: str) -> None:
+        sizes = {"batch_size": self.batch_size, "world_size": self._world_size}
+        if self._window_shards is not None:
+            sizes["window_shards"] = self._window_shards
+        for key, value in sizes.items():
+            if value < 1:
+                raise DataError(f"{key} must be at least 1, got {value}")
+        if self.num_workers < 0 or not 0 <= self._rank < self._world_size:
+            raise DataError(
+                f"need num_workers >= 0 and 0 <= rank < world_size, got num_workers={self.num_workers}, "
+                f"rank={self._rank}, world_size={self._world_size}"
+            )
+        have, ranks = len(self.dataset), self._world_size
+        per_rank = self.batch_size if self._drop_last else 1
+        if have < ranks * per_rank:
+            raise DataError(
+                f"{have} {name} cannot give {ranks} rank(s) a batch of {per_rank} each "
+                f"({ranks} x {per_rank} = {ranks * per_rank} needed); "
+                f"lower the batch size{f' to {have // ranks} or less' if have >= ranks else ''}, "
+                "use fewer ranks, or build more data"
+            )
+        if self._window_shards is not None and sum(getattr(self.dataset, "shard_sizes", ())) != have:
+            raise DataError("window_shards needs a data set whose shard_sizes sum to its length")
+
+    def _start(self) -> Iterator[_Packet[B]]:
+        """Iterator over the rest of the current epoch, from the current position."""
+        order = epoch_order(
+            len(self.dataset),
+            seed=self._seed,
+            epoch=self.epoch,
+            shuffle=self._shuffle,
+            shard_sizes=getattr(self.dataset, "shard_sizes", ()),
+            window_shards=self._window_shards,
+        )
+        share = rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)
+        self._plan.epoch = self.epoch if self._shuffle else 0
+        first = self.batches_done * self.batch_size
+        mine = order[share][first : len(self) * self.batch_size].tolist()
+        self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        return iter(self._loader)
+
+    def _hand_over(self, packet: _Packet[B]) -> B:
+        if packet.failure is not None:
+            raise DataError(packet.failure)
+        for reason in packet.skipped:
+            self._skips.add(DataError(reason))
+        if packet.batch is None:
+            raise DataError(f"every sample of a batch was bad; the last: {packet.skipped[-1]}")
+        self.batches_done += 1
+        self._handed = True
+        return packet.batch
+
+
+class _Batches(Generic[T, B]):
+    """Iterator over the loader's current epoch. Starts when the first batch is asked for.
+
+    Lightning creates it before it tells the epoch, and on resume at an epoch's end tells a later one: so the
+    position is read at the first ``next``, and again whenever the loader was moved.
+    """
+
+    def __init__(self, loader: ResumableLoader[T, B]) -> None:
+        self._owner = loader
+        self._moves = -1
+        self._source: Iterator[_Packet[B]] = iter(())
+
+    def __iter__(self) -> _Batches[T, B]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __next__(self) -> B:
+        owner = self._owner
+        if owner.batches_done >= len(owner):
+            raise StopIteration
+        if self._moves != owner._moves:
+            self._source = owner._start()
+            self._moves = owner._moves
+        return owner._hand_over(next(self._source))
+
+
+class _EpochHook:
+    """What Lightning finds as ``loader.batch_sampler.sampler`` and calls ``set_epoch`` on."""
+
+    def __init__(self, loader: ResumableLoader[Any, Any]) -> None:
+        self._loader = weakref.ref(loader)  # no cycle: workers stop as soon as the loader is dropped
+
+    @property
+    def sampler(self) -> _EpochHook:
+        """Itself."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move a training loader on. An evaluation loader asks the same questions at every epoch."""
+        loader = self._loader()
+        if loader is not None and loader._shuffle:
+            loader.set_epoch(epoch)
+
+
+class _Plan(Sampler[list[tuple[int, int]]]):
+    """The batches to prepare next, as (position, epoch) pairs: workers need no state of their own."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches: Sequence[Sequence[int]] = ()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [(position, self.epoch) for position in batch]
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """Stands for an example that could not be made."""
+
+    reason: str
+    skip: bool
+
+
+@dataclass(frozen=True)
+class _Packet(Generic[B]):
+    """What travels from a worker: a batch, what was left out of it, and the error to raise, as text.
+
+    An exception itself would arrive with the worker's whole traceback inside its message.
+    """
+
+    batch: B | None
+    skipped: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+class _Examples(Dataset[object]):
+    """Adapts ``example(index, epoch=)`` to torch's ``[]`` and turns bad samples into marks."""
+
+    def __init__(self, dataset: ExampleDataset[Any], *, on_bad: OnBad) -> None:
+        self._dataset = dataset
+        self._on_bad = on_bad
+
+    def __getitem__(self, where: tuple[int, int]) -> object:
+        index, epoch = where
+        try:
+            example = self._dataset.example(index, epoch=epoch)
+        except DataError as error:
+            return _Bad(str(error), skip=self._on_bad == "skip")
+        return _Bad(f"sample {index}, by its reader", skip=True) if example is None else example
+
+
+class _Collate(Generic[T, B]):
+    """Collates the good examples and carries the reasons of bad ones to the main process."""
+
+    def __init__(self, collate_fn: Callable[[list[T]], B]) -> None:
+        self._collate_fn = collate_fn
+
+    def __call__(self, examples: list[Any]) -> _Packet[B]:
+        bad = [example for example in examples if isinstance(example, _Bad)]
+        failure = next((mark.reason for mark in bad if not mark.skip), None)
+        if failure is not None:
+            return _Packet(None, failure=failure)
+        good = [example for example in examples if not isinstance(example, _Bad)]
+        try:
+            batch = self._collate_fn(good) if good else None
+        except DataError as error:
+            return _Packet(None, failure=str(error))
+        return _Packet(batch, skipped=tuple(mark.reason for mark in bad))
+
+
+def _start_worker(worker: int) -> None:
+    """One thread; and no dying at the signals that are meant for the trainer.
+
+    Slurm and Ctrl-C signal the whole group: workers that die first turn a clean stop into a crash.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _postpone)
+
+
+def _postpone(signum: int, frame: object) -> None:
+    signal.alarm(WORKER_GRACE_SECONDS)
+
+
+def _stop_workers(loader: DataLoader[Any]) -> None:
+    iterator = loader._iterator
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    loader._iterator = None

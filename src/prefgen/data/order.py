@@ -1,0 +1,70 @@
+"""In which order samples are seen: a pure function of (seed, epoch, rank, world size), never of workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefgen.data.sampling import rng_for
+
+
+def epoch_order(
+    num_samples: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    shard_sizes: Sequence[int] = (),
+    window_shards: int | None = None,
+) -> NDArray[np.int64]:
+    """Positions of all samples in the order of one epoch, before they are divided among ranks.
+
+    Args:
+        num_samples: size of the data set.
+        seed: of the run.
+        epoch: pass over the data, from 0.
+        shuffle: without it the order is 0, 1, ..
+        shard_sizes: samples in each shard, in order; sums to ``num_samples``.
+        window_shards: shuffle the shards, then the samples inside windows of so many shards: reading stays
+            within that many files at a time. ``None`` shuffles everything with everything.
+
+    Returns:
+        (num_samples,) int64.
+    """
+    if not shuffle:
+        return np.arange(num_samples, dtype=np.int64)
+    rng = rng_for(seed=seed, epoch=epoch, key="order", purpose="shuffle")
+    if window_shards is None:
+        return rng.permutation(num_samples)
+    starts = np.concatenate([[0], np.cumsum(np.asarray(shard_sizes, dtype=np.int64))])
+    shards = rng.permutation(len(shard_sizes))
+    pieces = []
+    for first in range(0, len(shards), window_shards):
+        window = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window_shards]]
+        pieces.append(rng.permutation(np.concatenate(window)))
+    return np.concatenate(pieces).astype(np.int64, copy=False)
+
+
+def rank_share(num_samples: int, *, rank: int, world_size: int, equal: bool) -> slice[int, int, None]:
+    """The contiguous part of an epoch's order that one rank reads: windows of shards stay local to it.
+
+    Args:
+        num_samples: size of the data set.
+        rank: 0 .. world_size - 1.
+        world_size: number of ranks.
+        equal: every rank gets ``num_samples // world_size`` (training: ranks must step together; the up to
+            world_size - 1 samples left over differ from epoch to epoch with the shuffle). Otherwise every
+            sample goes to exactly one rank and shares differ by at most one (evaluation).
+    """
+    if equal:
+        size = num_samples // world_size
+        return slice(rank * size, (rank + 1) * size)
+    return slice(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
+
+
+def fingerprint(*parts: object) -> str:
+    """Short hash of whatever decides an order, for refusing to resume into another one."""
+    return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:16]
