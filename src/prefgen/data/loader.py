@@ -2,8 +2,8 @@
 
 torch's DataLoader does the work in processes; this class decides the order and counts what the consumer got.
 Lightning 2.6.6 calls ``state_dict``/``load_state_dict`` by itself, and moves the epoch on through
-``loader.batch_sampler.sampler.set_epoch``. Only the length lets it know an epoch's last batch without fetching
-one more, so ``__len__`` is part of exact resume.
+``loader.batch_sampler.sampler.set_epoch``. Only the length lets it know an epoch's last batch without
+fetching one more, so ``__len__`` is part of exact resume.
 """
 
 from __future__ import annotations
@@ -201,10 +201,8 @@ class ResumableLoader(Generic[T, B]):
         self._moves += 1
 
     def _share_size(self) -> int:
-        share: slice[int, int, None] = rank_share(
-            len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal
-        )
-        return share.stop - share.start
+        share = rank_share(len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal)
+        return len(range(share.start, share.stop))
 
     @property
     def _equal(self) -> bool:

@@ -48,7 +48,7 @@ def epoch_order(
     return np.concatenate(pieces).astype(np.int64, copy=False)
 
 
-def rank_share(num_samples: int, *, rank: int, world_size: int, equal: bool) -> slice[int, int, None]:
+def rank_share(num_samples: int, *, rank: int, world_size: int, equal: bool) -> slice:
     """The contiguous part of an epoch's order that one rank reads: windows of shards stay local to it.
 
     Args:

@@ -74,7 +74,7 @@ def write_raw(
 ) -> Path:
     """Write ``history.jsonl`` and ``images/*.webp`` and return the history file.
 
-    Of every four users the third is of validation and the fourth of test; without ``splits`` no line names one.
+    Of four users the third is of validation and the fourth of test; without ``splits`` no line names one.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names: tuple[Split, ...] = ("train", "train", "validation", "test")
