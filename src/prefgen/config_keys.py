@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
+from omegaconf import MISSING
 
 from prefgen.errors import ConfigError
 
@@ -45,38 +46,29 @@ class ConfigKey:
         return _type_name(self.type)
 
 
-def list_keys(config_type: type, *, prefix: str = "") -> list[ConfigKey]:
-    """Every settable key of a configuration dataclass, nested sections included, in order of declaration."""
+def list_keys(config_type: type, *, prefix: str = "", defaults: object | None = None) -> list[ConfigKey]:
+    """Every settable key of a configuration dataclass, nested sections included, in order of declaration.
+
+    Args:
+        config_type: the dataclass.
+        prefix: of the keys' names.
+        defaults: an instance to take defaults from: a stage may change those of a shared section.
+    """
     hints, helps = get_type_hints(config_type), _help_texts(config_type)
     keys: list[ConfigKey] = []
     for item in fields(config_type):
-        name, kind = prefix + item.name, hints[item.name]
-        if is_dataclass(kind):
-            keys += list_keys(cast(type, kind), prefix=f"{name}.")
-            continue
-        default = item.default
-        if default is NO_DEFAULT and item.default_factory is not NO_DEFAULT:
+        name, default = prefix + item.name, item.default
+        if defaults is not None:
+            default = getattr(defaults, item.name)
+        elif item.default_factory is not NO_DEFAULT:
             default = item.default_factory()
-        if default is NO_DEFAULT:
-            default = "???"
-        keys.append(ConfigKey(name=name, type=kind, default=default, help=helps.get(item.name, "")))
-    return _with_section_defaults(keys, config_type, prefix=prefix)
-
-
-def _with_section_defaults(keys: list[ConfigKey], config_type: type, *, prefix: str) -> list[ConfigKey]:
-    """Take defaults of nested sections from their factories: a stage may change those of a shared section."""
-    changed: dict[str, Any] = {}
-    for item in fields(config_type):
-        if item.default_factory is not NO_DEFAULT and is_dataclass(section := item.default_factory()):
-            for inner in list_keys(type(section)):
-                value: Any = section
-                for part in inner.name.split("."):
-                    value = getattr(value, part)
-                changed[f"{prefix}{item.name}.{inner.name}"] = value
-    return [
-        ConfigKey(name=key.name, type=key.type, default=changed.get(key.name, key.default), help=key.help)
-        for key in keys
-    ]
+        if is_dataclass(default):
+            keys += list_keys(type(default), prefix=f"{name}.", defaults=default)
+        else:
+            default = MISSING if default is NO_DEFAULT else default
+            helped = helps.get(item.name, "")
+            keys.append(ConfigKey(name=name, type=hints[item.name], default=default, help=helped))
+    return keys
 
 
 def _help_texts(config_type: type) -> dict[str, str]:
@@ -219,13 +211,19 @@ def read_yaml(file: Path) -> list[tuple[str, Text]]:
         ConfigError: the file cannot be read, is not YAML, is no mapping, or gives a key twice.
     """
     try:
-        content = _raw_yaml(file.read_text(encoding="utf-8"), where=str(file))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read configuration file {file}: {error}") from None
+    return read_yaml_text(text, where=str(file))
+
+
+def read_yaml_text(text: str, *, where: str) -> list[tuple[str, Text]]:
+    """``read_yaml`` for text at hand."""
+    content = _raw_yaml(text, where=where)
     if content in (None, ""):
         return []
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected 'key: value' lines, got {type(content).__name__}")
+        raise ConfigError(f"{where}: expected 'key: value' lines, got {type(content).__name__}")
     return list(_leaves(content))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from prefgen.config import PRESETS, load_config, to_yaml
 from prefgen.stages import STAGES
+
+logger = logging.getLogger(__name__)
 
 _VERBS = {
     "fit": "train a stage, or go on where its run folder stopped",
@@ -56,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for required in config.required_inputs():
         required.check()
+    source = f"config {args.config}" if args.config else f"preset {args.preset}"
+    logger.info("%s %s: %s, run folder %s", args.command, args.stage, source, config.run_dir)
     from prefgen.run import run_stage
 
-    label = f"config {args.config}" if args.config else f"preset {args.preset}"
-    return run_stage(config, verb=args.command, stage=args.stage, label=label)
+    result = run_stage(config, verb=args.command, stage=args.stage)
+    for name, value in result.metrics.items():
+        print(f"{name} = {value:.6g}")
+    for name, place in result.places.items():
+        print(f"{name}: {place}")
+    return result.exit_code

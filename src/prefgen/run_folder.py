@@ -1,0 +1,83 @@
+"""The files of a run folder: config.yaml, metrics.json, and the question whether a run may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from prefgen.config import StageConfig, to_yaml
+from prefgen.config_keys import Text, read_yaml, read_yaml_text
+from prefgen.errors import CheckpointError, ConfigError
+
+CHANGEABLE = frozenset(
+    {
+        "trainer.max_steps",
+        "trainer.max_epochs",
+        "trainer.log_every_n_steps",
+        "trainer.num_threads",
+        "loader.num_workers",
+    }
+)
+"""Keys that may change when a run goes on. Where the folder lies (workdir, run_dir) is not compared."""
+
+_PLACE = frozenset({"workdir", "run_dir"})
+
+
+def check_same_run(run_dir: Path, *, config: StageConfig) -> None:
+    """Refuse to go on in a run folder that was started with another configuration.
+
+    Raises:
+        ConfigError: a key differs that may not change, naming it.
+        CheckpointError: the folder has no config.yaml.
+    """
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise CheckpointError(f"{run_dir} has checkpoints but no config.yaml; pass another run_dir=PATH")
+    before, now = dict(read_yaml(saved)), dict(read_yaml_text(to_yaml(config), where="the configuration"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key not in CHANGEABLE | _PLACE:
+            raise ConfigError(
+                f"{run_dir} was started with {key}={_shown(before.get(key))}, now "
+                f"{key}={_shown(now.get(key))}; when a run goes on only {', '.join(sorted(CHANGEABLE))} "
+                "may change: pass another run_dir=PATH for a new run"
+            )
+
+
+def _shown(value: Text | None) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return "(unset)" if value is None else value
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """metrics.json as it is; empty where there is none yet.
+
+    Raises:
+        CheckpointError: the file is no json object.
+    """
+    path = run_dir / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is torn ({error}); delete it") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no json object; delete it")
+    return cast(dict[str, Any], content)
+
+
+def write_metrics(run_dir: Path, **figures: Any) -> None:
+    """Set entries of metrics.json and keep the others, so that fit, validate and test each add theirs."""
+    content = {**read_metrics(run_dir), **figures}
+    write_text(run_dir / "metrics.json", text=json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, *, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
