@@ -106,7 +106,7 @@ class DiffusionBundle:
         Raises:
             DataError: no pipeline there, or one without UNet, VAE or text encoder.
         """
-        parts = _load_parts(path, dtype=dtype)
+        parts = _load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
         if image_encoder is not None:
             parts["image_encoder"], parts["feature_extractor"] = _load_image_encoder(
                 image_encoder, dtype=dtype
@@ -116,10 +116,9 @@ class DiffusionBundle:
                 raise DataError(f"{path}: the pipeline has no {name}; prefgen needs a UNet text-to-image one")
         names = [name for name in DiffusionBundle.__dataclass_fields__ if name != "schedule"]
         kept = {name: parts.get(name) for name in names}
-        for name, module in kept.items():
+        for module in kept.values():
             if isinstance(module, torch.nn.Module):
-                wanted = vae_dtype if name == "vae" and vae_dtype is not None else dtype
-                module.to(device=device, dtype=wanted).requires_grad_(False).eval()
+                module.to(device=device).requires_grad_(False).eval()
         if memory_format == "channels_last":
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
@@ -276,7 +275,7 @@ def fit_words(words: Sequence[str], *, tokenizer: Any, rng: np.random.Generator)
     return draw_list(words, rng=rng, num_tokens=num_tokens, max_tokens=int(tokenizer.model_max_length))
 
 
-def _load_parts(path: str, *, dtype: torch.dtype) -> dict[str, Any]:
+def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     # diffusers takes seconds to import; whoever wants only this module's helpers should not wait.
     from diffusers import DiffusionPipeline
     from diffusers.utils import is_accelerate_available
@@ -284,7 +283,7 @@ def _load_parts(path: str, *, dtype: torch.dtype) -> dict[str, Any]:
     try:
         with _quiet():
             pipeline = DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, low_cpu_mem_usage=is_accelerate_available()
+                path, dtype=dtypes, low_cpu_mem_usage=is_accelerate_available()
             )
     except (OSError, ValueError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ images bit for bit. Each image's noise comes from its own seed, whatever batch i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from prefgen.errors import DataError
 from prefgen.models.diffusion import DiffusionBundle, TextCondition
+from prefgen.models.fusion import PartName
+from prefgen.models.user_adapter import UserAdapter
 from prefgen.models.user_attention import UserAttention
 
 
@@ -35,6 +37,20 @@ class SampleUsers:
     embeds: Tensor
     null_embeds: Tensor
     scale: float | Sequence[float] = 1.0
+
+    @staticmethod
+    @torch.no_grad()
+    def of(
+        adapter: UserAdapter, *, parts: Mapping[PartName, Tensor], scale: float | Sequence[float] = 1.0
+    ) -> SampleUsers:
+        """Users by their parts (B,D), with the tokens of an unknown user for the unconditional branch.
+
+        Both kinds of tokens are computed in one batch, laid out as a stock pipeline lays them out, so that
+        the images of an exported adapter agree to the last bit.
+        """
+        rows = adapter.fusion.rows(parts)
+        null_embeds, embeds = adapter.fusion(torch.cat([torch.zeros_like(rows), rows])).chunk(2)
+        return SampleUsers(attention=adapter.attention, embeds=embeds, null_embeds=null_embeds, scale=scale)
 
     def part(self, rows: slice) -> SampleUsers:
         """The users of some of the images."""

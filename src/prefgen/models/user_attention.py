@@ -197,7 +197,7 @@ class UserAttention(nn.Module):
         scale = scale.expand(len(user_embeds)) if scale.ndim == 0 else scale
         if scale.shape != (len(user_embeds),):
             raise DataError(
-                f"{tuple(scale.shape)} user scales for {len(user_embeds)} users; give one, or one each"
+                f"{scale.numel()} user scales for {len(user_embeds)} users; give one, or one for each"
             )
         if not bool(scale.isfinite().all()):
             raise DataError(f"user_scale must be finite, got {scale.tolist()}")
