@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -62,18 +60,3 @@ def save_lora(model: PeftModel, *, path: Path) -> Path:
     readme = path / "README.md"
     readme.unlink(missing_ok=True)
     return path
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of all safetensors and json files of a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in _HASHED)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-_HASHED: tuple[Any, ...] = (".safetensors", ".json")

@@ -104,29 +104,18 @@ class MLLM:
         return int(self.model.config.text_config.num_hidden_layers)
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest row the language model was built for."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    @property
     def image_size(self) -> int:
         """Side in pixels of the square the vision tower sees."""
         return int(self.model.config.vision_config.image_size)
 
     def pixels(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-        """(N, 3, H, W) normalised pixels; a uint8 array (N, H, W, 3) of the right size skips the resizing."""
-        processor, side = self.image_processor, self.image_size
-        if not isinstance(images, np.ndarray):
-            if all(image.size == (side, side) for image in images):
-                images = np.stack([np.asarray(image.convert("RGB")) for image in images])
-            else:
-                nested = [[image.convert("RGB")] for image in images]
-                pixels: Tensor = processor(nested, return_tensors="pt")["pixel_values"]
-                return pixels[:, 0]
-        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
-            raise DataError(
-                f"pixels: expected uint8 (N, {side}, {side}, 3), got {images.dtype} {tuple(images.shape)}"
-            )
-        raw = torch.from_numpy(images).permute(0, 3, 1, 2).float() * processor.rescale_factor
-        mean = torch.tensor(processor.image_mean)[:, None, None]
-        std = torch.tensor(processor.image_std)[:, None, None]
-        normalised: Tensor = (raw - mean) / std
-        return normalised
+        """(N, 3, H, W) normalised pixels; see :func:`make_pixels`."""
+        return make_pixels(images, processor=self.image_processor, side=self.image_size)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Vision tower and connector with gradients: (N, 3, H, W) -> (N, tokens_per_image, D).
@@ -219,6 +208,31 @@ class MLLM:
             ids.append(token)
             embeds = self.text_model.get_input_embeddings()(chosen)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def make_pixels(images: Sequence[Image.Image] | np.ndarray, *, processor: Any, side: int) -> Tensor:
+    """(N, 3, side, side) pixels as the stock image processor makes them.
+
+    Pictures that have the right size already, and uint8 arrays (N, side, side, 3), skip its slow resizing.
+
+    Raises:
+        DataError: an array of another type or shape.
+    """
+    if not isinstance(images, np.ndarray):
+        if any(image.size != (side, side) for image in images):
+            nested = [[image.convert("RGB")] for image in images]
+            pixels: Tensor = processor(nested, return_tensors="pt")["pixel_values"]
+            return pixels[:, 0]
+        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
+        raise DataError(
+            f"pixels: expected uint8 (N, {side}, {side}, 3), got {images.dtype} {tuple(images.shape)}"
+        )
+    raw = torch.from_numpy(images).permute(0, 3, 1, 2).float() * processor.rescale_factor
+    mean = torch.tensor(processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_std)[:, None, None]
+    normalised: Tensor = (raw - mean) / std
+    return normalised
 
 
 def chat_format(tokenizer: Any, *, tokens_per_image: int, image_wrapping: str = "stock") -> PromptFormat:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from prefgen.models.packing import PackItem, Piece, Question
-from prefgen.schema import UserHistory
+from prefgen.schema import Side, UserHistory
 
 QuestionKind = Literal["like", "choose", "likes", "dislikes"]
 
@@ -45,6 +45,24 @@ class QuestionCounts:
     likes: int = 1
     dislikes: int = 1
     max_listed: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserRows:
+    """A user and the rows of its images: liked ones in order from ``first_row``, then disliked ones."""
+
+    history: UserHistory
+    first_row: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """Images on both sides."""
+        return len(self.history.liked) + len(self.history.disliked)
+
+    def rows(self, side: Side, *, positions: Sequence[int]) -> list[int]:
+        """Feature rows of some images of one side."""
+        start = self.first_row + (0 if side == "liked" else len(self.history.liked))
+        return [start + int(position) for position in positions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,31 +124,30 @@ def parse_attributes(text: str) -> tuple[str, ...]:
 
 
 def draw_item(
-    history: UserHistory,
+    user: UserRows,
     *,
     liked: Sequence[int],
     disliked: Sequence[int],
     counts: QuestionCounts,
     rng: np.random.Generator,
-    first_row: int = 0,
 ) -> AskedItem:
     """Questions behind the references given, with answers drawn in a new order each time.
 
     Args:
-        history: the user.
+        user: the user and its feature rows.
         liked: positions of the liked references within ``history.liked``, in prompt order.
         disliked: likewise.
         counts: how many questions of each kind.
         rng: draws queries, orders and which side stands first.
-        first_row: row of the user's first image in the features.
     """
+    history, first_row = user.history, user.first_row
     offset = first_row + len(history.liked)
     pieces = history_pieces(
-        [first_row + i for i in liked],
-        disliked=[offset + i for i in disliked],
+        user.rows("liked", positions=liked),
+        disliked=user.rows("disliked", positions=disliked),
         disliked_first=bool(rng.integers(2)),
     )
-    queries = _queries(history, liked=liked, disliked=disliked, count=counts.like, rng=rng)
+    queries = draw_queries(history, liked=liked, disliked=disliked, count=counts.like, rng=rng)
     asked: list[tuple[QuestionKind, Question, int]] = []
     for is_liked, position in queries:
         row = first_row + position if is_liked else offset + position
@@ -154,7 +171,7 @@ def _free(count: int, *, taken: Sequence[int], rng: np.random.Generator) -> list
     return [int(i) for i in rng.permutation(count) if int(i) not in used]
 
 
-def _queries(
+def draw_queries(
     history: UserHistory,
     *,
     liked: Sequence[int],
@@ -162,6 +179,7 @@ def _queries(
     count: int,
     rng: np.random.Generator,
 ) -> list[tuple[bool, int]]:
+    """(is it liked, position) of ``count`` images that are no references, half of them liked if possible."""
     good = [(True, i) for i in _free(len(history.liked), taken=liked, rng=rng)]
     bad = [(False, i) for i in _free(len(history.disliked), taken=disliked, rng=rng)]
     half = count // 2 + (count % 2 and int(rng.integers(2)))

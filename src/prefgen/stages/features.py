@@ -1,0 +1,161 @@
+"""The image features that stages vqa and probe work from: each image of a split goes through the tower once.
+
+LoRA sits in the language model only, so both stages share one file per split in ``<workdir>/features``; it
+names the model and the shards it was made from and is made again when either changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from prefgen.config import resolve_path
+from prefgen.data.index import INDEX_NAME
+from prefgen.data.reader import ShardReader, UserSample, decode_image
+from prefgen.errors import DataError
+from prefgen.lineage import hash_file, hash_folder
+from prefgen.models.mllm import MLLM
+from prefgen.models.questions import UserRows
+from prefgen.schema import Split
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 512
+"""Images decoded and encoded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFeatures:
+    """Users of a split and the features of all their images.
+
+    Attributes:
+        users: each with the row of its first image.
+        features: (images, tokens_per_image, D) float16 on the CPU.
+    """
+
+    users: tuple[UserRows, ...]
+    features: Tensor
+
+
+def model_hash(path: str) -> str:
+    """Hash of a local model folder; the name itself for a hub id."""
+    folder = resolve_path(path)
+    return hash_folder(folder) if folder.is_dir() else f"hub:{path}"
+
+
+def load_features(
+    mllm: MLLM,
+    *,
+    shards: Path,
+    split: Split,
+    mllm_hash: str,
+    cache: Path | None,
+    max_users: int = 0,
+    device: torch.device | str = "cpu",
+) -> SplitFeatures:
+    """Read the features of a split from the cache, or encode its images and write them there.
+
+    Args:
+        mllm: the model; moved to ``device`` if images have to be encoded.
+        shards: history shards.
+        split: which users.
+        mllm_hash: names the model in the cache.
+        cache: folder of the cache; None keeps nothing on disk.
+        max_users: only the first so many users; 0 takes all.
+        device: where to encode.
+
+    Raises:
+        DataError: no such split, or a bad sample.
+    """
+    reader = ShardReader(shards, split=split)
+    count = min(len(reader), max_users) if max_users else len(reader)
+    made_from = {"mllm": mllm_hash, "shards": hash_file(shards / INDEX_NAME), "users": str(count)}
+    name = f"{split}.safetensors" if count == len(reader) else f"{split}-{count}.safetensors"
+    path = cache / name if cache is not None else None
+    users = tuple(read_users(reader, count=count))
+    rows = sum(user.num_images for user in users)
+    features = _read(path, made_from=made_from)
+    if features is None or len(features) != rows:
+        mllm.model.to(device)
+        features = _encode(mllm, reader=reader, users=users)
+        if path is not None:
+            _write(path, features=features, made_from=made_from)
+    return SplitFeatures(users=users, features=features)
+
+
+def read_users(reader: ShardReader, *, count: int) -> Iterator[UserRows]:
+    """The first ``count`` users, with the rows their images have in the features; no image is kept."""
+    rows = 0
+    for position in range(count):
+        user = UserRows(history=_sample(reader, position).history, first_row=rows)
+        yield user
+        rows += user.num_images
+
+
+def _sample(reader: ShardReader, position: int) -> UserSample:
+    sample = reader[position]
+    assert sample is not None  # on_bad="raise"
+    return sample
+
+
+@torch.no_grad()
+def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows]) -> Tensor:
+    total = sum(user.num_images for user in users)
+    images = (image for position in range(len(users)) for image in user_images(_sample(reader, position)))
+    label = f"encoding images ({reader.split})"
+    parts = []
+    with tqdm(total=total, desc=label, unit="image", disable=total < CHUNK) as bar:
+        while chunk := list(islice(images, CHUNK)):
+            # Convolutions and matmuls in bf16 are several times faster, and the cache has half precision.
+            with torch.autocast(mllm.device.type, dtype=torch.bfloat16):
+                encoded = mllm.encode_images(chunk)
+            parts.append(encoded.to(device="cpu", dtype=torch.float16))
+            bar.update(len(chunk))
+    features = torch.cat(parts)
+    if not bool(torch.isfinite(features).all()):
+        raise DataError(
+            f"features of split {reader.split} overflow float16; check the vision tower's weights"
+        )
+    return features
+
+
+def user_images(sample: UserSample) -> list[Image.Image]:
+    """A user's images, liked ones first: the order of the feature rows."""
+    return [
+        decode_image(data, where=sample.image_where(side, position=position))
+        for side in ("liked", "disliked")
+        for position, data in enumerate(sample.side(side))
+    ]
+
+
+def _read(path: Path | None, *, made_from: dict[str, str]) -> Tensor | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() != made_from:
+                return None
+            features: Tensor = file.get_tensor("features")
+            return features
+    except SafetensorError:
+        logger.warning("%s is damaged; the images are encoded again", path)
+        return None
+
+
+def _write(path: Path, *, features: Tensor, made_from: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({"features": features}, part, metadata=made_from)
+    part.replace(path)
+    logger.info("image features written to %s", path)

@@ -1,0 +1,179 @@
+"""LoRA on a frozen MLLM, trained on the answers to questions about a user."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from prefgen.config import resolve_path
+from prefgen.models.lora import add_lora, save_lora
+from prefgen.models.mllm import MLLM
+from prefgen.models.packing import PackedBatch, PackItem
+from prefgen.models.questions import (
+    FIRST_SECOND,
+    YES_NO,
+    QuestionKind,
+    UserRows,
+    history_pieces,
+    list_question,
+    parse_attributes,
+)
+from prefgen.schema import Split
+from prefgen.stages.base import StageModule
+from prefgen.stages.features import model_hash
+from prefgen.stages.vqa.config import VQAConfig
+from prefgen.stages.vqa.data import VQABatch, VQAData
+
+ARTEFACT = "lora"
+LINEAGE_NAME = "prefgen.json"
+CHOICES: dict[QuestionKind, tuple[str, str]] = {"like": YES_NO, "choose": FIRST_SECOND}
+
+
+class VQAModule(StageModule):
+    """Stage vqa."""
+
+    stage: ClassVar[str] = "vqa"
+
+    def __init__(self, config: VQAConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        model = config.model
+        self.mllm = MLLM.load(
+            _source(model.mllm), dtype=getattr(torch, model.frozen_dtype), attention=model.attention
+        )
+        # LoRA's start depends on the seed alone, not on what drew random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.lora = add_lora(
+                self.mllm,
+                rank=model.lora_rank,
+                alpha=model.lora_alpha,
+                dropout=model.lora_dropout,
+                targets=model.lora_targets,
+            )
+
+    def forward(self, batch: PackedBatch, *, image_features: Tensor) -> Tensor:
+        """Last hidden states (B, T, D)."""
+        return self.mllm.hidden(batch, image_features=image_features)
+
+    # Steps
+
+    def training_step(self, batch: VQABatch) -> Tensor:
+        """Cross-entropy of answer tokens."""
+        hidden = self(batch.packed, image_features=self._features(batch, split="train"))
+        losses = self.mllm.token_losses(batch.packed, hidden=hidden)
+        per_question = self._question_losses(losses, batch=batch.packed)
+        loss = losses.mean() if self.config.questions.loss == "token" else per_question.mean()
+        self.log("train/loss", loss.detach(), batch_size=len(batch.user_ids), prog_bar=True)
+        for kind, rows in _rows_by_kind(batch).items():
+            self.log(f"train/loss_{kind}", per_question[rows].detach().mean(), batch_size=len(rows))
+        return loss
+
+    def validation_step(self, batch: VQABatch) -> None:
+        """Accuracy and loss per question kind on unseen users."""
+        self._measure(batch, split="validation", prefix="val")
+
+    def test_step(self, batch: VQABatch) -> None:
+        """The same on test users."""
+        self._measure(batch, split="test", prefix="test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the model list what some users like, and check the lists."""
+        self._check_lists("validation", prefix="val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same on test users."""
+        self._check_lists("test", prefix="test")
+
+    def _measure(self, batch: VQABatch, *, split: Split, prefix: str) -> None:
+        hidden = self(batch.packed, image_features=self._features(batch, split=split))
+        losses = self._question_losses(
+            self.mllm.token_losses(batch.packed, hidden=hidden), batch=batch.packed
+        )
+        rows = _rows_by_kind(batch)
+        for kind, own in rows.items():
+            self.log(f"{prefix}/loss_{kind}", losses[own].mean(), batch_size=len(own), sync_dist=True)
+        for kind, words in CHOICES.items():
+            if kind not in rows:
+                continue
+            logits = self.mllm.choice_logits(batch.packed, hidden=hidden, answers=words)[rows[kind]]
+            right = (logits.argmax(-1) == batch.correct[rows[kind]]).float()
+            self.log(f"{prefix}/accuracy_{kind}", right.mean(), batch_size=len(right), sync_dist=True)
+
+    def _question_losses(self, losses: Tensor, *, batch: PackedBatch) -> Tensor:
+        """(Q,) mean over a question's answer tokens, its first one weighted (it holds the decision)."""
+        owners = batch.target_questions
+        weights = torch.ones_like(losses)
+        first = torch.ones_like(owners, dtype=torch.bool)
+        first[1:] = owners[1:] != owners[:-1]
+        weights[first] = self.config.questions.first_token_weight
+        zeros = losses.new_zeros(batch.num_questions)
+        total = zeros.index_add(0, owners, losses * weights)
+        return total / zeros.index_add(0, owners, weights).clamp(min=1e-6)
+
+    def _features(self, batch: VQABatch, *, split: Split) -> Tensor:
+        if batch.pixels is not None:
+            return self.mllm.encode_images(batch.pixels)
+        return self._data.split(split).features
+
+    @property
+    def _data(self) -> VQAData:
+        data = self.trainer.datamodule
+        assert isinstance(data, VQAData)
+        return data
+
+    # Lists
+
+    @torch.no_grad()
+    def _check_lists(self, split: Split, *, prefix: str) -> None:
+        data = self._data.split(split)
+        if not len(data.features):
+            return
+        count = self.config.questions.num_listed_users
+        known = [user for user in data.users if user.history.liked_attributes][:count]
+        scores: dict[str, list[float]] = defaultdict(list)
+        for user in known:
+            said = self._list_likes(user, features=data.features)
+            right = set(said) & set(user.history.liked_attributes)
+            scores["precision"].append(len(right) / max(1, len(said)))
+            scores["recall"].append(len(right) / len(user.history.liked_attributes))
+        for name, values in scores.items():
+            mean = sum(values) / len(values)
+            self.log(f"{prefix}/likes_{name}", mean, sync_dist=True, batch_size=len(values))
+
+    def _list_likes(self, user: UserRows, *, features: Tensor) -> tuple[str, ...]:
+        most = self.config.data.eval_references
+        liked = range(min(most, len(user.history.liked)))
+        disliked = range(min(most, len(user.history.disliked)))
+        pieces = history_pieces(
+            user.rows("liked", positions=liked), disliked=user.rows("disliked", positions=disliked)
+        )
+        item = PackItem(history=pieces, questions=[list_question("likes")])
+        return parse_attributes(self.mllm.generate(item, image_features=features, max_new_tokens=64))
+
+    # Artefact
+
+    def export(self, run_dir: Path) -> Path:
+        """Write ``lora/`` in peft's format, with the hash of the model it belongs to beside it."""
+        folder = save_lora(self.lora, path=run_dir / ARTEFACT)
+        lineage = {"mllm": model_hash(self.config.model.mllm)}
+        (folder / LINEAGE_NAME).write_text(json.dumps(lineage) + "\n", encoding="utf-8")
+        return folder
+
+
+def _rows_by_kind(batch: VQABatch) -> dict[QuestionKind, list[int]]:
+    rows: dict[QuestionKind, list[int]] = {}
+    for kind in get_args(QuestionKind):
+        if own := [i for i, name in enumerate(batch.kinds) if name == kind]:
+            rows[kind] = own
+    return rows
+
+
+def _source(path: str) -> Path | str:
+    folder = resolve_path(path)
+    return folder if path.startswith("asset:") or folder.exists() else path
