@@ -1,9 +1,12 @@
 """A loader that resumes exactly: its state is one position, and going on seeks there instead of replaying.
 
 torch's DataLoader does the work in processes; this class decides the order and counts what the consumer got.
-Lightning 2.6.6 calls ``state_dict``/``load_state_dict`` by itself, and moves the epoch on through
-``loader.batch_sampler.sampler.set_epoch``. Only the length lets it know an epoch's last batch without
-fetching one more, so ``__len__`` is part of exact resume.
+Lightning 2.6.6 calls ``state_dict``/``load_state_dict`` by itself. Two of its habits bind here. It knows an
+epoch's last batch without fetching one more only where there is a ``__len__``. And after a resume its own
+epochs cannot be trusted: a fit that ended at ``max_steps`` in mid-epoch counts as a whole epoch, one that
+ended at an epoch's end goes on with an epoch of a single batch. So a training loader is one endless stream,
+cut into epochs by itself alone: it has no ``sampler`` for Lightning to call ``set_epoch`` on, and a new
+iterator goes on.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class ResumableLoader(Generic[T, B]):
         rank: int = 0,
         world_size: int = 1,
         window_shards: int | None = None,
+        limit_batches: int | None = None,
         on_bad: OnBad = "raise",
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
@@ -79,14 +83,15 @@ class ResumableLoader(Generic[T, B]):
             dataset: see :class:`ExampleDataset`. Picklable, like ``collate_fn``.
             batch_size: samples a batch on this rank.
             seed: of the order.
-            shuffle: training. Without it (evaluation) the order is the data set's, every epoch is epoch 0 to
-                ``example``, and each sample is met exactly once over the ranks.
+            shuffle: training. Without it (evaluation) the order is the data set's, the epoch stays 0, so that
+                the same questions are asked each time, and each sample is met exactly once over the ranks.
             drop_last: leave out an incomplete last batch.
             num_workers: processes; 0 works in this one. Never changes what comes.
             collate_fn: list of examples -> batch; a module-level function or object.
             rank: this process among ``world_size``.
             world_size: number of processes that share the data.
             window_shards: shuffle inside windows of so many shards; the data set must have ``shard_sizes``.
+            limit_batches: end every epoch after so many batches.
             on_bad: let a sample's DataError pass, or leave the sample out, count and log it (smaller batch).
             prefetch_factor: batches every worker prepares ahead.
             multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
@@ -106,9 +111,9 @@ class ResumableLoader(Generic[T, B]):
         self._rank = rank
         self._world_size = world_size
         self._window_shards = window_shards
+        self._limit_batches = limit_batches
         self._skips = SkipCounter()
         self._moves = 0
-        self._handed = False
         self._check(name)
         self._plan = _Plan()
         self._loader: DataLoader[Any] = DataLoader(
@@ -125,20 +130,22 @@ class ResumableLoader(Generic[T, B]):
             generator=torch.Generator().manual_seed(seed),
         )
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
-        self.batch_sampler = _EpochHook(self)
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
         full, rest = divmod(self._share_size(), self.batch_size)
-        return full if self._drop_last else full + bool(rest)
+        batches = full if self._drop_last else full + bool(rest)
+        return batches if self._limit_batches is None else min(batches, self._limit_batches)
 
     def __iter__(self) -> Iterator[B]:
-        """Begin the next epoch, or go on where ``load_state_dict`` or ``set_epoch`` has put the loader.
+        """Training goes on where the consumer stopped, to the end of that epoch; evaluation begins anew.
 
-        An epoch left early counts as finished. Two iterators of one loader share its position.
+        After an epoch's last batch the next epoch begins. Iterators of one loader share its position.
         """
-        if self._handed or self.batches_done >= len(self):
-            self._move(epoch=self.epoch + 1 if self._shuffle else 0, batches_done=0)
+        if not self._shuffle:
+            self._move(epoch=self.epoch, batches_done=0)
+        elif self.batches_done >= len(self):
+            self._move(epoch=self.epoch + 1, batches_done=0)
         return _Batches(self)
 
     @property
@@ -191,13 +198,14 @@ class ResumableLoader(Generic[T, B]):
             "batch_size": self.batch_size,
             "world_size": self._world_size,
             "num_samples": len(self.dataset),
-            "order": fingerprint(self._shuffle, self._drop_last, self._window_shards, sizes),
+            "order": fingerprint(
+                self._shuffle, self._drop_last, self._window_shards, self._limit_batches, sizes
+            ),
         }
 
     def _move(self, *, epoch: int, batches_done: int) -> None:
         self.epoch = epoch
         self.batches_done = batches_done
-        self._handed = False
         self._moves += 1
 
     def _share_size(self) -> int:
@@ -210,8 +218,8 @@ class ResumableLoader(Generic[T, B]):
 
     def _check(self, name: str) -> None:
         sizes = {"batch_size": self.batch_size, "world_size": self._world_size}
-        if self._window_shards is not None:
-            sizes["window_shards"] = self._window_shards
+        optional = {"window_shards": self._window_shards, "limit_batches": self._limit_batches}
+        sizes |= {key: value for key, value in optional.items() if value is not None}
         for key, value in sizes.items():
             if value < 1:
                 raise DataError(f"{key} must be at least 1, got {value}")
@@ -243,7 +251,7 @@ class ResumableLoader(Generic[T, B]):
             window_shards=self._window_shards,
         )
         share = rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)
-        self._plan.epoch = self.epoch if self._shuffle else 0
+        self._plan.epoch = self.epoch
         first = self.batches_done * self.batch_size
         mine = order[share][first : len(self) * self.batch_size].tolist()
         self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
@@ -257,15 +265,14 @@ class ResumableLoader(Generic[T, B]):
         if packet.batch is None:
             raise DataError(f"every sample of a batch was bad; the last: {packet.skipped[-1]}")
         self.batches_done += 1
-        self._handed = True
         return packet.batch
 
 
 class _Batches(Generic[T, B]):
     """Iterator over the loader's current epoch. Starts when the first batch is asked for.
 
-    Lightning creates it before it tells the epoch, and on resume at an epoch's end tells a later one: so the
-    position is read at the first ``next``, and again whenever the loader was moved.
+    The position is read at the first ``next``, and again whenever the loader was moved: Lightning creates
+    iterators that it then does not use.
     """
 
     def __init__(self, loader: ResumableLoader[T, B]) -> None:
@@ -287,24 +294,6 @@ class _Batches(Generic[T, B]):
             self._source = owner._start()
             self._moves = owner._moves
         return owner._hand_over(next(self._source))
-
-
-class _EpochHook:
-    """What Lightning finds as ``loader.batch_sampler.sampler`` and calls ``set_epoch`` on."""
-
-    def __init__(self, loader: ResumableLoader[Any, Any]) -> None:
-        self._loader = weakref.ref(loader)  # no cycle: workers stop as soon as the loader is dropped
-
-    @property
-    def sampler(self) -> _EpochHook:
-        """Itself."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Move a training loader on. An evaluation loader asks the same questions at every epoch."""
-        loader = self._loader()
-        if loader is not None and loader._shuffle:
-            loader.set_epoch(epoch)
 
 
 class _Plan(Sampler[list[tuple[int, int]]]):

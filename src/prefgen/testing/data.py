@@ -10,12 +10,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from prefgen.data.embeddings import EmbeddingWriter, UserEmbeddings
 from prefgen.data.images import encode_webp
 from prefgen.data.sampling import draw_references, rng_for
 from prefgen.data.shards import read_histories, write_shards
+from prefgen.errors import DataError
 from prefgen.schema import RatedImage, Split, UserHistory, image_key
 
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
@@ -178,3 +180,40 @@ def _make_user(
         liked_attributes=history.liked_attributes,
         disliked_attributes=history.disliked_attributes,
     )
+
+
+class NumberDataset:
+    """Numbers for loader tests: example ``i`` of epoch ``e`` is (``"i@e"``, a (3,) float32 tensor).
+
+    ``bad`` positions raise DataError, ``missing`` ones give None, as a reader with ``on_bad="skip"`` does.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        shard_sizes: tuple[int, ...] = (),
+        bad: frozenset[int] = frozenset(),
+        missing: frozenset[int] = frozenset(),
+    ) -> None:
+        self._size = size
+        self.shard_sizes = shard_sizes
+        self._bad = bad
+        self._missing = missing
+
+    def __len__(self) -> int:
+        return self._size
+
+    def example(self, index: int, *, epoch: int) -> tuple[str, torch.Tensor] | None:
+        """One example, noise included: a pure function of index and epoch."""
+        if index in self._bad:
+            raise DataError(f"number {index} is bad")
+        if index in self._missing:
+            return None
+        rng = rng_for(seed=0, epoch=epoch, key=str(index), purpose="number")
+        return f"{index}@{epoch}", torch.from_numpy(rng.normal(size=3).astype(np.float32))
+
+
+def collate_numbers(examples: list[tuple[str, torch.Tensor]]) -> tuple[list[str], torch.Tensor]:
+    """Keys and a (B, 3) tensor."""
+    return [key for key, _ in examples], torch.stack([values for _, values in examples])
