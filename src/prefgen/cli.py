@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 
 from prefgen import __version__
 from prefgen.commands import COMMANDS
+from prefgen.config import stage_keys
 from prefgen.config_keys import did_you_mean
 from prefgen.errors import ConfigError, PrefgenError
+from prefgen.stages import STAGES
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 
@@ -69,15 +71,37 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not hasattr(args, "run"):
         parser.print_help()
         raise SystemExit(0 if not argv else USER_ERROR)
+    options = _options(parser, args.command)
     for word in rest:
-        name = word.lstrip("-").partition("=")[0]
-        if word.startswith("-") and hasattr(args, "overrides") and "." in name:
-            raise ConfigError(f"overrides are written without dashes: {word.lstrip('-')}")
-        if word.startswith("-") or not hasattr(args, "overrides"):
-            raise ConfigError(f"unknown option '{word}'; see 'prefgen {args.command} --help'")
+        _check_word(word, args=args, options=options)
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _options(parser: Parser, command: str) -> list[str]:
+    """The options of a command, for hints."""
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return list(subparsers.choices[command]._option_string_actions)
+
+
+def _check_word(word: str, *, args: argparse.Namespace, options: list[str]) -> None:
+    """Refuse a word that argparse could not place, unless it may be an override."""
+    takes_overrides = hasattr(args, "overrides")
+    if not word.startswith("-"):
+        if not takes_overrides:
+            raise ConfigError(f"unexpected word '{word}'; see 'prefgen {args.command} --help'")
+        return
+    option, equals, value = word.partition("=")
+    hint = did_you_mean(option, among=options)
+    name = option.lstrip("-")
+    if takes_overrides and ("." in name or _is_key(name, stage=args.stage)):
+        raise ConfigError(f"overrides are written without dashes: {name}={value if equals else 'VALUE'}")
+    raise ConfigError(f"unknown option '{option}'.{hint or f' See prefgen {args.command} --help'}")
+
+
+def _is_key(name: str, *, stage: str) -> bool:
+    return stage in STAGES and any(key.name == name for key in stage_keys(stage))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -187,8 +187,9 @@ def _mapping(loader: _RawLoader, node: yaml.MappingNode) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
-        if key in pairs:
-            raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+        wrong = "keys must be plain text" if not isinstance(key, str) else f"{key} is given twice"
+        if not isinstance(key, str) or key in pairs:
+            raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
         pairs[key] = loader.construct_object(value_node, deep=True)
     return pairs
 

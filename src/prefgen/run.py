@@ -157,14 +157,13 @@ def _finish(config: StageConfig, *, trainer: Trainer, module: StageModule) -> Ru
     if not trainer.is_global_zero:
         return RunResult(metrics=metrics)
     if metrics:
-        stopped_early = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)
         write_metrics(
             run_dir,
             stage=module.stage,
             seed=config.seed,
             steps=trainer.global_step,
             epochs=trainer.current_epoch,
-            stopped_early=stopped_early,
+            stopped_early=trainer.should_stop,  # only early stopping sets it
             fit=metrics,
         )
     artefact = module.export(run_dir)

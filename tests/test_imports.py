@@ -1,0 +1,142 @@
+"""Which module may import which: the house's levels, read from the source; and that all modules import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prefgen
+from prefgen.stages import STAGES
+
+ROOT = Path(prefgen.__file__).parent
+HEAVY = {"torch", "lightning", "transformers", "diffusers", "peft", "torchmetrics"}
+PACKAGES = {"data", "models", "mmd", "evaluate"}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path, *, top_level_only=False):
+    """Full names of what a file imports; what stands under TYPE_CHECKING does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def area(name):
+    """``prefgen.stages.align.module`` -> what the rules below speak of."""
+    parts = name.split(".")[1:]
+    if not parts:
+        return "errors"
+    if parts[0] == "stages" and len(parts) >= 3:
+        return "config" if parts[2] == "config" else f"stage {parts[1]}"
+    if parts[0] == "stages" and len(parts) == 2 and parts[1] not in STAGES:
+        return "base"  # what stages share
+    if parts[0] in ("config_keys", "config_sections", "stages"):
+        return "config"
+    if parts[0] in ("callbacks", "run_folder", "run_noise", "commands", "cli", "__main__"):
+        return "run"
+    return parts[0]
+
+
+BASIC = {"errors", "schema", "lineage"}
+CONFIG = {*BASIC, "config"}
+ALLOWED = {
+    "errors": {"errors"},
+    "schema": BASIC,
+    "lineage": BASIC,
+    "config": CONFIG,
+    "data": {*BASIC, "data"},
+    "models": {*BASIC, "models"},
+    "mmd": {"errors", "mmd"},
+    "evaluate": {*BASIC, "evaluate", "mmd"},
+    "checkpoint": {*BASIC, "checkpoint"},
+    "base": {*CONFIG, *PACKAGES, "checkpoint", "base"},
+    "profile": {*BASIC, *PACKAGES, "checkpoint", "profile", "pipeline"},
+    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "pipeline"},
+}
+
+
+def allowed(name):
+    kind = area(name)
+    if kind.startswith("stage "):
+        return {*CONFIG, *PACKAGES, "checkpoint", "base", kind}
+    return ALLOWED.get(kind)  # None: run, commands, testing may import all
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_import_direction(name):
+    rule = allowed(name)
+    for target in imports(SOURCES[name]):
+        if not target.startswith("prefgen"):
+            continue
+        inside = next(t for t in (target, target.rpartition(".")[0]) if t in SOURCES)
+        assert area(inside) != "testing" or area(name) == "testing", f"{name} imports {inside}"
+        if rule is not None:
+            assert area(inside) in rule, f"{name} ({area(name)}) may not import {inside} ({area(inside)})"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if area(name) in {*CONFIG, "run"}])
+def test_what_the_command_line_reads_is_light(name):
+    parts = name.split(".")
+    if parts[1:2] in (["run"], ["callbacks"], ["run_noise"]):
+        return
+    heavy = {target.partition(".")[0] for target in imports(SOURCES[name], top_level_only=True)} & HEAVY
+    assert not heavy, f"{name} imports {heavy}"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SOURCES if area(name) in {*PACKAGES, "profile", "pipeline"}]
+)
+def test_the_library_knows_no_lightning(name):
+    found = {target.partition(".")[0] for target in imports(SOURCES[name])}
+    assert "lightning" not in found, name
+    if area(name) == "mmd":
+        assert not found & (HEAVY - {"torch"}), name
+
+
+def test_the_command_line_loads_no_torch():
+    code = "import sys, prefgen.cli, prefgen.config; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_module_imports():
+    """In one process of its own, warnings and all."""
+    names = [name for name in SOURCES if not name.endswith("__main__")]
+    code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+LARGE = {
+    "prefgen.data.agents.painters": 500,  # one short function per attribute value, and nothing else
+    "prefgen.data.loader": 420,  # one class and its worker side, which must be read together
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_stay_small(name):
+    """A file over 350 lines needs a reason in LARGE; a function over 80 wants splitting."""
+    text = SOURCES[name].read_text(encoding="utf-8")
+    assert text.count("\n") <= LARGE.get(name, 350), f"{name}: {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{name}.{node.name}"

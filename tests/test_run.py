@@ -1,0 +1,308 @@
+"""The run machinery on a toy stage: resume, signals, EMA, guards, the run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefgen.callbacks import StoppedBySignalError
+from prefgen.checkpoint import list_checkpoints
+from prefgen.config import build_config
+from prefgen.errors import CheckpointError, ConfigError, PrefgenError
+from prefgen.run import check_device, fit, load_weights, use
+from prefgen.run_noise import quiet_lightning, user_errors
+from prefgen.testing.resume import assert_resume_is_exact
+from toy_config import ToyConfig
+from toy_stage import ToyData, ToyModule
+
+
+def toy(tmp_path, *overrides):
+    words = [f"workdir={tmp_path}", *overrides]
+    return build_config(ToyConfig, where="for stage 'toy'", file=None, overrides=words)
+
+
+def train(config, **options):
+    with quiet_lightning(), user_errors():
+        return fit(
+            config, make_module=lambda: ToyModule(config), make_data=lambda: ToyData(config), **options
+        )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 7, 9])
+def test_resume_is_exact(tmp_path, num_workers, stop):
+    """An epoch has 7 batches: the stop falls inside the first, at its end, inside the second."""
+    config = toy(tmp_path, "optim.schedule=cosine", "optim.warmup_steps=2")
+    report = assert_resume_is_exact(
+        config,
+        make_module=ToyModule,
+        make_data=ToyData,
+        tmp_path=tmp_path,
+        num_workers=num_workers,
+        steps=11,
+        stop=stop,
+    )
+    assert len(set(report.straight_batches)) == 11
+
+
+@pytest.mark.parametrize("validation", ["trainer.val_check_interval=3", "trainer.limit_val_batches=0"])
+def test_resume_is_exact_beside_validation_and_accumulation(tmp_path, validation):
+    config = toy(tmp_path, validation, "trainer.accumulate_grad_batches=2", "checkpoint.monitor=null")
+    assert_resume_is_exact(
+        config, make_module=ToyModule, make_data=ToyData, tmp_path=tmp_path, steps=6, stop=3, ema_decay=None
+    )
+
+
+def test_resume_test_can_fail(tmp_path):
+    """A loader that starts its epoch anew after a resume is caught."""
+
+    class Forgetful(ToyData):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            loader.load_state_dict = lambda state: None
+            return loader
+
+    with pytest.raises(AssertionError, match="saw other batches"):
+        assert_resume_is_exact(
+            toy(tmp_path), make_module=ToyModule, make_data=Forgetful, tmp_path=tmp_path, steps=4, stop=2
+        )
+
+
+def test_a_fit_leaves_its_folder(tmp_path):
+    config = toy(tmp_path, "trainer.validate_before_fit=true", "checkpoint.every_n_steps=2")
+    result = train(config)
+    run_dir = Path(config.run_dir)
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == [
+        "step-00000004.ckpt",
+        "step-00000006.ckpt",
+    ]
+    assert (run_dir / "config.yaml").is_file()
+    assert list((run_dir / "tensorboard").glob("events*"))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["stage"] == "align"
+    assert metrics["steps"] == 6
+    assert metrics["before"].keys() == {"val/loss"}
+    assert "train/loss" in metrics["fit"]
+    assert all(place.exists() for place in result.places.values())
+    assert result.places["artefact"].name == "toy.txt"
+
+
+def test_checkpoint_holds_trained_parts_only(tmp_path):
+    config = toy(tmp_path)
+    train(config)
+    path = list_checkpoints(Path(config.run_dir) / "checkpoints")[-1]
+    content = torch.load(path, weights_only=True)
+    assert content["state_dict"].keys() == {"trained.1.weight", "trained.1.bias", "trained.count"}
+
+
+def test_again_goes_on_and_ends_at_once(tmp_path):
+    config = toy(tmp_path)
+    train(config)
+    first = (Path(config.run_dir) / "metrics.json").read_text()
+    train(config)
+    assert (Path(config.run_dir) / "metrics.json").read_text() == first
+    longer = replace(config, trainer=replace(config.trainer, max_steps=8))
+    train(longer)
+    assert json.loads((Path(config.run_dir) / "metrics.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["trainer.max_steps=7", "trainer.log_every_n_steps=2", "loader.num_workers=1", "trainer.max_epochs=9"],
+)
+def test_what_may_change(tmp_path, change):
+    train(toy(tmp_path, "trainer.max_steps=2"))
+    overrides = ["trainer.max_steps=2"] if "max_steps" not in change else []
+    train(toy(tmp_path, *overrides, change))
+
+
+@pytest.mark.parametrize("change", ["data.batch_size=1", "seed=5", "toy.name=other", "optim.betas=[0.5,0.9]"])
+def test_what_may_not_change(tmp_path, change):
+    train(toy(tmp_path, "trainer.max_steps=2"))
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        train(toy(tmp_path, "trainer.max_steps=2", change))
+
+
+def test_a_folder_may_move(tmp_path):
+    train(toy(tmp_path / "a", "trainer.max_steps=2", "data.shards=x"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    train(toy(tmp_path / "b", "trainer.max_steps=3", "data.shards=x"))
+
+
+def test_torn_checkpoint(tmp_path):
+    config = toy(tmp_path)
+    train(config)
+    path = list_checkpoints(Path(config.run_dir) / "checkpoints")[-1]
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(config)
+
+
+def test_a_half_written_checkpoint_is_never_picked(tmp_path):
+    config = toy(tmp_path)
+    train(config)
+    folder = Path(config.run_dir) / "checkpoints"
+    (folder / "step-00000099.ckpt.part").write_bytes(b"half")
+    assert load_weights(config, module=ToyModule(config)).name == "step-00000006.ckpt"
+
+
+def test_ema_is_validated_and_exported(tmp_path):
+    config = toy(tmp_path, "optim.ema_decay=0.99", "optim.learning_rate=0.1")
+    result = train(config)
+    content = torch.load(result.places["checkpoint"], weights_only=True)
+    own = content["state_dict"]["trained.1.weight"]
+    average = content["callbacks"]["TrainedEMA"]["shadow"]["trained.1.weight"]
+    assert content["callbacks"]["TrainedEMA"]["shadow"].keys() == {"trained.1.weight", "trained.1.bias"}
+    assert not torch.equal(own, average)
+    exported = float((Path(config.run_dir) / "toy.txt").read_text())
+    assert exported == pytest.approx(float(average.sum()), abs=1e-6)
+
+
+def test_best_checkpoint_is_exported(tmp_path):
+    """With the sign of the loss turned, validation gets worse and worse: the first is the best."""
+    config = toy(
+        tmp_path, "toy.factor=-1", "checkpoint.monitor=val/loss", "trainer.val_check_interval=2",
+        "optim.learning_rate=0.1",
+    )  # fmt: skip
+    result = train(config)
+    assert result.places["checkpoint"].name == "best.ckpt"
+    best = torch.load(result.places["checkpoint"], weights_only=True)
+    assert best["global_step"] == 2
+    exported = float((Path(config.run_dir) / "toy.txt").read_text())
+    assert exported == pytest.approx(float(best["state_dict"]["trained.1.weight"].sum()), abs=1e-6)
+
+
+def test_early_stopping(tmp_path):
+    config = toy(
+        tmp_path, "toy.factor=-1", "checkpoint.monitor=val/loss", "trainer.val_check_interval=2",
+        "optim.learning_rate=0.1", "optim.early_stopping_patience=1", "trainer.max_steps=50",
+    )  # fmt: skip
+    train(config)
+    metrics = json.loads((Path(config.run_dir) / "metrics.json").read_text())
+    assert metrics["stopped_early"] is True
+    assert metrics["steps"] == 4
+    train(config)
+    assert json.loads((Path(config.run_dir) / "metrics.json").read_text())["steps"] == 4
+
+
+def test_monitor_that_is_not_measured(tmp_path):
+    config = toy(tmp_path, "checkpoint.monitor=val/los", "trainer.val_check_interval=2")
+    with pytest.raises(ConfigError, match="checkpoint.monitor=val/los is not measured; metrics: .*val/loss"):
+        train(config)
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    config = toy(tmp_path, "optim.learning_rate=1e30", "trainer.gradient_clip_val=null")
+    with pytest.raises(PrefgenError, match="the loss is .* at step .*; lower optim.learning_rate"):
+        train(config)
+
+
+def test_validate_test_and_predict(tmp_path):
+    config = toy(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in .*; run 'prefgen fit --stage align"):
+        use(config, verb="validate", module=ToyModule(config), data=ToyData(config))
+    train(config)
+    with quiet_lightning():
+        for verb in ("validate", "test"):
+            result = use(config, verb=verb, module=ToyModule(config), data=ToyData(config))
+            assert list(result.metrics) == [f"{'val' if verb == 'validate' else 'test'}/loss"]
+        result = use(config, verb="predict", module=ToyModule(config), data=ToyData(config))
+    assert result.places["predictions"].read_text() == "False 7"
+    metrics = json.loads((Path(config.run_dir) / "metrics.json").read_text())
+    assert {"fit", "validate", "test"} <= metrics.keys()
+
+
+def test_half_precision_needs_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match="16-mixed needs a GPU"):
+        check_device(toy(tmp_path, "trainer.accelerator=auto", "trainer.precision=16-mixed"))
+    with pytest.raises(ConfigError, match="accelerator=gpu"):
+        check_device(toy(tmp_path, "trainer.accelerator=gpu"))
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    results = [train(toy(tmp_path / name)).metrics for name in "ab"]
+    assert results[0] == results[1]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import prefgen.stages as stages
+from prefgen.stages import StageEntry
+stages.STAGES["align"] = StageEntry(
+    config="toy_config:ToyConfig", data="toy_stage:ToyData", module="slow_toy:SlowToy")
+import types, toy_stage
+slow = types.ModuleType("slow_toy")
+class SlowToy(toy_stage.ToyModule):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step >= 2:
+            time.sleep({nap})
+        return super().training_step(batch, batch_idx)
+slow.SlowToy = SlowToy
+sys.modules["slow_toy"] = slow
+from prefgen.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(tmp_path, *, nap, steps):
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    (tmp_path / "empty.yaml").write_text("")
+    words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
+    words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1"]
+    script = SCRIPT.format(tests=str(Path(__file__).parent), nap=nap)
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_step(tmp_path, process, *, step):
+    deadline = time.monotonic() + 90
+    while not any(int(p.stem[5:]) >= step for p in list_checkpoints(tmp_path / "toy" / "checkpoints")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no checkpoint in 90 s"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
+    process = start(tmp_path, nap=0.2, steps=500)
+    try:
+        wait_for_step(tmp_path, process, step=2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, err
+    assert f"stopped by {number.name} after step" in err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert err.splitlines()[0].startswith("fit align: config ")
+    assert str(tmp_path / "toy") in err.splitlines()[0]
+    if number != signal.SIGTERM:
+        return
+    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
+    again = start(tmp_path, nap=0, steps=int(last.stem[5:]) + 1)
+    out, err = again.communicate(timeout=90)
+    assert again.returncode == 0, err
+    assert f"going on from {last}" in err
+    assert "artefact: " in out
+    assert "checkpoint: " in out
+    assert "log: " in out
+
+
+def test_stop_is_an_error_of_ours(tmp_path):
+    with pytest.raises(StoppedBySignalError):
+        train(toy(tmp_path), stop_at_step=2)
