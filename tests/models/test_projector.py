@@ -1,8 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prefgen.errors import CheckpointError
-from prefgen.models.projector import ProjectorShape, SemProjector
+from prefgen.models.projector import ProjectorShape, SemProjector, load_projector, save_projector
 
 
 def _projector(sem_width=12, text_width=5, hidden_width=16):
@@ -60,3 +61,29 @@ def test_statistics_travel_in_the_state_dict():
 def test_shape_from_a_header_is_checked(width):
     with pytest.raises(CheckpointError, match="sem_width must be a whole number"):
         ProjectorShape(sem_width=width, text_width=5, hidden_width=16)
+
+
+def test_file_gives_the_same_numbers_back(tmp_path):
+    projector = _projector()
+    sem, text = _sets()
+    projector.standardise(sem, text=text)
+    path = tmp_path / "new" / "projector.safetensors"
+    save_projector(projector, path=path, lineage={"mllm": "ab"}, text={"text_pooling": "pooled"})
+    loaded = load_projector(path)
+    assert torch.equal(loaded.projector(sem), projector(sem))
+    assert (loaded.lineage, loaded.text) == ({"mllm": "ab"}, {"text_pooling": "pooled"})
+    assert not any(parameter.requires_grad for parameter in loaded.projector.parameters())
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_absent_torn_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "projector.safetensors"
+    with pytest.raises(CheckpointError, match="no projector at .* fit --stage align"):
+        load_projector(path)
+    save_projector(_projector(), path=path, lineage={}, text={})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="is no projector or torn"):
+        load_projector(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="is no projector of version 1"):
+        load_projector(path)

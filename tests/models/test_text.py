@@ -50,7 +50,7 @@ def test_pooled_vector_is_the_encoders_own_whatever_stands_beside_it(folder):
     space = TextSpace.load(folder)
     texts = ["warm palette", "a red fox, flat fill", "warm palette"]
     rows = space.encode(texts, batch_size=2)
-    assert rows.shape == (3, TINY_TEXT_DIM)
+    assert rows.shape == (3, TINY_TEXT_DIM) == (3, TextSpace.width(folder))
     assert torch.equal(rows[0], rows[2])
     inputs = space.tokenizer(
         ["warm palette"], padding="max_length", max_length=space.max_tokens, return_tensors="pt"

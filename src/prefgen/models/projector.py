@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
 
+ARTEFACT_VERSION = 1
+"""Version of ``projector.safetensors``; a reader refuses any other."""
+
+_HEADER_KEY = "projector"
 _SMALLEST_SCALE = 1e-6
 
 
@@ -86,3 +95,64 @@ class SemProjector(nn.Module):
         hidden: Tensor = self.norm((sem - self.sem_mean) / self.sem_scale)
         hidden = self.down(self.activation(self.up(hidden)))
         return self.text_mean + self.text_scale * hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedProjector:
+    """What ``projector.safetensors`` holds.
+
+    Attributes:
+        projector: frozen, in evaluation mode.
+        lineage: part -> hash of the models whose embeddings it was trained on.
+        text: which text encoder of the pipeline and which pooling it maps into.
+    """
+
+    projector: SemProjector
+    lineage: dict[str, str]
+    text: dict[str, str]
+
+
+def save_projector(
+    projector: SemProjector, *, path: Path, lineage: Mapping[str, str], text: Mapping[str, str]
+) -> None:
+    """Write weights and json header in one piece: to a temporary name, then renamed.
+
+    Args:
+        projector: what to write.
+        path: the file.
+        lineage: part -> hash of the models it depends on.
+        text: which text encoder and pooling it maps into.
+    """
+    header = {
+        "version": ARTEFACT_VERSION,
+        "shape": asdict(projector.shape),
+        "lineage": dict(lineage),
+        "text": dict(text),
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in projector.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+    temporary.replace(path)
+
+
+def load_projector(path: Path) -> LoadedProjector:
+    """Read ``projector.safetensors``.
+
+    Raises:
+        CheckpointError: absent, torn, of another kind or version, or with other tensors than its header says.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no projector at {path}; run 'prefgen fit --stage align' first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if not isinstance(header, dict) or header.get("version") != ARTEFACT_VERSION:
+            raise CheckpointError(f"{path} is no projector of version {ARTEFACT_VERSION}; train it again")
+        projector = SemProjector(ProjectorShape(**header["shape"]))
+        projector.load_state_dict(tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no projector or torn: {str(error).splitlines()[0]}") from None
+    projector.requires_grad_(False).eval()
+    return LoadedProjector(projector=projector, lineage=header["lineage"], text=header["text"])

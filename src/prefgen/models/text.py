@@ -61,24 +61,25 @@ class TextSpace:
         Raises:
             DataError: no pipeline there, no such encoder, or a class without a pooled vector.
         """
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise DataError(
-                f"no diffusers pipeline at {path}: model_index.json is missing; pass model.pipeline=FOLDER"
-            )
-        entry = json.loads(index.read_text(encoding="utf-8")).get(part) or [None, None]
-        if entry[1] not in _CLASSES:
-            raise DataError(f"{path}: {part} is {entry[1]}, expected one of {', '.join(_CLASSES)}")
+        kind = _encoder_class(path, part=part)
         # transformers takes seconds to import; whoever only asks for this module's types should not wait.
         import transformers
 
         tokenizer = transformers.CLIPTokenizer.from_pretrained(
             path / part.replace("text_encoder", "tokenizer")
         )
-        encoder = getattr(transformers, entry[1]).from_pretrained(path / part, dtype=dtype).to(device)
+        encoder = getattr(transformers, kind).from_pretrained(path / part, dtype=dtype).to(device)
         encoder.requires_grad_(False).eval()
         limit = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
         return TextSpace(tokenizer=tokenizer, encoder=encoder, pooling=pooling, max_tokens=limit)
+
+    @staticmethod
+    def width(path: Path, *, part: TextEncoderName = "text_encoder", pooling: TextPooling = "pooled") -> int:
+        """Dtext of a pipeline folder, from its configuration alone; arguments and errors as for ``load``."""
+        kind = _encoder_class(path, part=part)
+        config = json.loads((path / part / "config.json").read_text(encoding="utf-8"))
+        projected = kind == "CLIPTextModelWithProjection" and pooling == "pooled"
+        return int(config["projection_dim" if projected else "hidden_size"])
 
     def num_tokens(self, text: str) -> int:
         """Tokens of a text, start and end included."""
@@ -135,6 +136,18 @@ class TextSpace:
         hidden = cast(Tensor, outputs.last_hidden_state).float()
         mean: Tensor = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         return mean.cpu()
+
+
+def _encoder_class(path: Path, *, part: TextEncoderName) -> str:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise DataError(
+            f"no diffusers pipeline at {path}: model_index.json is missing; pass model.pipeline=FOLDER"
+        )
+    entry = json.loads(index.read_text(encoding="utf-8")).get(part) or [None, None]
+    if entry[1] not in _CLASSES:
+        raise DataError(f"{path}: {part} is {entry[1]}, expected one of {', '.join(_CLASSES)}")
+    return str(entry[1])
 
 
 def draw_list(

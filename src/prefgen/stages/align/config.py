@@ -63,8 +63,11 @@ class AlignLossConfig:
     """Kernel of the MMD."""
     bandwidth: str = "mean"
     """'mean' or 'median' distance of the training texts, frozen before the first step, or a number."""
-    estimator: Literal["biased", "unbiased", "ustat"] = "unbiased"
-    """Estimator within a group."""
+    multipliers: tuple[float, ...] = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
+    """Factors on the bandwidth; the kernel is the mean over them."""
+    estimator: Literal["biased", "unbiased", "ustat"] = "biased"
+    """Estimator within a group. With the same users on both sides biased is 0 exactly where the sets agree;
+    unbiased is negative there and pushes users apart, ustat leaves out each user's own pair."""
     mmd_weight: float = 1.0
     """Weight of MMD^2."""
     mse_weight: float = 0.0
@@ -85,6 +88,10 @@ class AlignLossConfig:
         require(
             any(not given(value := getattr(self, name)) or value > 0 for name in weights),
             f"align: all of {', '.join(weights)} are 0, so nothing would be learned; set one above 0",
+        )
+        require(
+            len(self.multipliers) > 0 and min(self.multipliers) > 0,
+            f"align.multipliers: {list(self.multipliers)} must be numbers above 0",
         )
         at_least("align.infonce_temperature", self.infonce_temperature, minimum=1e-4)
         if given(self.bandwidth):

@@ -1,0 +1,239 @@
+"""The projector under MMD^2 over small groups of users, and what its result is worth on unseen users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prefgen.config import resolve_path
+from prefgen.data.embeddings import EmbeddingReader
+from prefgen.evaluate import alignment
+from prefgen.mmd import mmd2
+from prefgen.mmd.bandwidth import mean_bandwidth, median_bandwidth
+from prefgen.models.projector import ProjectorShape, SemProjector, save_projector
+from prefgen.models.text import TextSpace
+from prefgen.stages.align.config import AlignConfig, AlignLossConfig
+from prefgen.stages.align.data import AlignBatch, AlignData, EvaluationBatch
+from prefgen.stages.base import StageModule
+
+ARTEFACT = "projector.safetensors"
+
+
+class AlignModule(StageModule):
+    """Stage align: SemProjector trained against the texts of users' liked attributes."""
+
+    stage: ClassVar[str] = "align"
+    bandwidth: Tensor
+
+    def __init__(self, config: AlignConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        # The initial weights depend on the seed alone, not on what drew random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.projector = SemProjector(find_shape(config))
+        self._lineage: dict[str, str] = {}
+        self.register_buffer("bandwidth", torch.zeros((), dtype=torch.float64))
+
+    def setup(self, stage: str) -> None:
+        """Fix scales and bandwidth on training users, unless a checkpoint has brought them."""
+        del stage
+        data = self._data()
+        self._lineage = data.lineage
+        if float(self.bandwidth) == 0:
+            sem, text = data.statistics()
+            self.projector.standardise(sem, text=text)
+            self.bandwidth.copy_(fixed_bandwidth(text, rule=self.config.align.bandwidth))
+
+    def _data(self) -> AlignData:
+        data = self.trainer.datamodule
+        assert isinstance(data, AlignData)
+        return data
+
+    def forward(self, sem: Tensor) -> Tensor:
+        """(N,Dsem) -> aligned (N,Dtext)."""
+        return cast(Tensor, self.projector(sem))
+
+    # Steps
+
+    def training_step(self, batch: AlignBatch) -> Tensor:
+        """One batch of whole groups."""
+        aligned = self(batch.sem)
+        terms = self.losses(aligned, own_text=batch.own_text, mmd_text=batch.mmd_text)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), batch_size=len(aligned))
+        return terms["loss"]
+
+    def losses(self, aligned: Tensor, *, own_text: Tensor, mmd_text: Tensor) -> dict[str, Tensor]:
+        """Every term with a weight above 0, and ``loss``, their weighted sum.
+
+        Groups are made within a device and never across devices: the mean over groups is then an ordinary
+        mean over samples, and the usual averaging of gradients is right.
+
+        Args:
+            aligned: (B,Dtext).
+            own_text: (B,Dtext) for the point-wise terms.
+            mmd_text: (B,Dtext) for the MMD.
+        """
+        settings = self.config.align
+        # A loss in bf16 would see clouds as equal that differ in their third digit.
+        aligned = aligned.float()
+        terms: dict[str, Tensor] = {}
+        with torch.autocast(aligned.device.type, enabled=False):
+            if settings.mmd_weight:
+                terms["mmd"] = grouped_mmd2(aligned, mmd_text, settings=settings, bandwidth=self.bandwidth)
+            ours = (aligned - self.projector.text_mean) / self.projector.text_scale
+            texts = (own_text - self.projector.text_mean) / self.projector.text_scale
+            if settings.mse_weight:
+                terms["mse"] = (ours - texts).pow(2).mean()
+            if settings.cosine_weight:
+                terms["cosine"] = (1 - functional.cosine_similarity(ours, texts)).mean()
+            if settings.infonce_weight:
+                terms["infonce"] = grouped_infonce(ours, texts, settings=settings)
+        weighted = [getattr(settings, f"{name}_weight") * value for name, value in terms.items()]
+        terms["loss"] = torch.stack(weighted).sum()
+        return terms
+
+    def validation_step(self, batch: EvaluationBatch) -> None:
+        """Every measure on unseen users; before training too where trainer.validate_before_fit is set."""
+        self._measure(batch, prefix="val")
+
+    def test_step(self, batch: EvaluationBatch) -> None:
+        """The same on test users."""
+        self._measure(batch, prefix="test")
+
+    def _measure(self, batch: EvaluationBatch, *, prefix: str) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            figures = self.measure(batch)
+        for name, value in figures.items():
+            self.log(f"{prefix}/{name}", value, batch_size=len(batch.sem), rank_zero_only=True)
+
+    @torch.no_grad()
+    def measure(self, batch: EvaluationBatch) -> dict[str, float]:
+        """Name -> number; see :mod:`prefgen.evaluate.alignment` for each."""
+        settings, seed = self.config.align, self.config.seed
+        aligned, text = self(batch.sem).float().cpu(), batch.text.float().cpu()
+        sem = batch.sem.float().cpu()
+        whole = mmd2(
+            aligned,
+            text,
+            kernel=settings.kernel,
+            bandwidth=self.bandwidth.cpu(),
+            multipliers=settings.multipliers,
+            estimator="unbiased",
+        )
+        figures = {"mmd2": float(whole), "num_users": float(len(text))}
+        figures |= _retrieval_figures(aligned, text, seed=seed)
+        figures |= _shape_figures(sem, aligned, text, num_neighbours=self.config.evaluation.num_neighbours)
+        figures["separability"] = alignment.separability(aligned, text, seed=seed)
+        train_aligned = self(batch.train_sem).float().cpu()
+        labels = {"train_labels": batch.train_labels.cpu(), "query_labels": batch.labels.cpu()}
+        for name, train, queries in (
+            ("sem", batch.train_sem.float().cpu(), sem),
+            ("aligned", train_aligned, aligned),
+        ):
+            areas = alignment.readable_attributes(
+                train, labels["train_labels"], queries=queries, query_labels=labels["query_labels"]
+            )
+            figures[f"readable_{name}"] = float(areas.nanmean())
+        return figures
+
+    # Artefact
+
+    def export(self, run_dir: Path) -> Path:
+        """Write ``projector.safetensors`` with its shape and lineage as a json header."""
+        path = run_dir / ARTEFACT
+        save_projector(self.projector, path=path, lineage=self._lineage, text=self._text_choice())
+        return path
+
+    def _text_choice(self) -> dict[str, str]:
+        model = self.config.model
+        return {"text_encoder": model.text_encoder, "text_pooling": model.text_pooling}
+
+
+def find_shape(config: AlignConfig) -> ProjectorShape:
+    """The widths of embeddings and text space, read from their files."""
+    first = EmbeddingReader(resolve_path(config.data.embeddings), split="train")[0]
+    assert first is not None  # a reader that raises gives no None
+    model = config.model
+    return ProjectorShape(
+        sem_width=first.sem.shape[1],
+        text_width=TextSpace.width(
+            resolve_path(model.pipeline), part=model.text_encoder, pooling=model.text_pooling
+        ),
+        hidden_width=model.hidden_width,
+    )
+
+
+def grouped_mmd2(aligned: Tensor, text: Tensor, *, settings: AlignLossConfig, bandwidth: Tensor) -> Tensor:
+    """Mean over groups of MMD^2 between a group's aligned rows and its texts (the block estimator).
+
+    Over a full batch MMD hardly changes when users are exchanged; in a group of g it rises as soon as one of
+    g users misses the own text, so small groups of the same users teach who is who.
+
+    Args:
+        aligned: (B,Dtext), B a multiple of the group size.
+        text: (B,Dtext).
+        settings: kernel, multipliers, estimator, group size.
+        bandwidth: 0-dim, sigma.
+    """
+    shape = (-1, settings.group_size, text.shape[1])
+    values = [
+        mmd2(
+            ours,
+            theirs,
+            kernel=settings.kernel,
+            bandwidth=bandwidth,
+            multipliers=settings.multipliers,
+            estimator=settings.estimator,
+        )
+        for ours, theirs in zip(aligned.reshape(shape), text.reshape(shape), strict=True)
+    ]
+    return torch.stack(values).mean()
+
+
+def grouped_infonce(ours: Tensor, texts: Tensor, *, settings: AlignLossConfig) -> Tensor:
+    """Cross-entropy of the own text among the group's by cosine, both directions averaged."""
+    shape = (-1, settings.group_size, texts.shape[1])
+    ours, texts = (functional.normalize(rows, dim=1).reshape(shape) for rows in (ours, texts))
+    logits = ours @ texts.transpose(1, 2) / settings.infonce_temperature
+    target = torch.arange(settings.group_size, device=ours.device).expand(len(logits), -1)
+    there = functional.cross_entropy(logits, target)
+    return (there + functional.cross_entropy(logits.transpose(1, 2), target)) / 2
+
+
+def fixed_bandwidth(text: Tensor, *, rule: str) -> Tensor:
+    """Sigma as a 0-dim float64: a number, or the root mean square / median distance of texts (N,Dtext)."""
+    if rule not in ("mean", "median"):
+        return torch.tensor(float(rule), dtype=torch.float64)
+    half = len(text) // 2
+    measure = mean_bandwidth if rule == "mean" else median_bandwidth
+    return measure(text[:half].double(), text[half:].double())
+
+
+def _retrieval_figures(aligned: Tensor, text: Tensor, *, seed: int) -> dict[str, float]:
+    own = alignment.retrieval(aligned, text, seed=seed)
+    wrong = alignment.derangement(len(text), seed=seed)
+    permuted = alignment.retrieval(aligned, text[wrong], seed=seed)
+    figures = {"chance_1": own.chance_1, "chance_10": own.chance_10}
+    for name, result in (("recall", own), ("permuted_recall", permuted)):
+        for depth, estimate in ((1, result.recall_1), (10, result.recall_10)):
+            figures[f"{name}_{depth}"] = estimate.mean
+            figures[f"{name}_{depth}_low"] = estimate.low
+            figures[f"{name}_{depth}_high"] = estimate.high
+    return figures
+
+
+def _shape_figures(sem: Tensor, aligned: Tensor, text: Tensor, *, num_neighbours: int) -> dict[str, float]:
+    ours, theirs = alignment.spread(aligned), alignment.spread(text)
+    return {
+        "spread_ratio": ours.distance / max(theirs.distance, 1e-12),
+        "effective_rank_aligned": ours.effective_rank,
+        "effective_rank_text": theirs.effective_rank,
+        "effective_rank_sem": alignment.spread(sem).effective_rank,
+        "neighbourhood_overlap": alignment.neighbourhood_overlap(sem, aligned, num_neighbours=num_neighbours),
+    }

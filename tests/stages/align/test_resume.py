@@ -1,0 +1,106 @@
+"""Going on after a stop or a kill is the run that was never stopped, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefgen.checkpoint import list_checkpoints
+from prefgen.run import run_stage
+from prefgen.stages.align.data import AlignData
+from prefgen.stages.align.module import AlignModule
+from prefgen.testing.resume import assert_resume_is_exact, assert_same
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_three_and_three_steps_are_six(make_config, tmp_path, num_workers):
+    # Two batches an epoch: the stop after step 3 falls inside the second epoch.
+    report = assert_resume_is_exact(
+        make_config(),
+        make_module=AlignModule,
+        make_data=AlignData,
+        tmp_path=tmp_path,
+        num_workers=num_workers,
+    )
+    assert len(set(report.straight_batches)) == 6
+
+
+def test_workers_do_not_change_what_is_seen(make_config, tmp_path):
+    seen = [
+        assert_resume_is_exact(
+            make_config(),
+            make_module=AlignModule,
+            make_data=AlignData,
+            tmp_path=tmp_path / str(num_workers),
+            num_workers=num_workers,
+            steps=4,
+            stop=2,
+        ).straight_batches
+        for num_workers in (0, 2)
+    ]
+    assert seen[0] == seen[1]
+
+
+def _command(config):
+    keys = {
+        "workdir": config.workdir,
+        "run_dir": config.run_dir,
+        "model.pipeline": config.model.pipeline,
+        "model.hidden_width": 16,
+        "data.batch_size": 8,
+        "data.orders_per_user": 2,
+        "align.group_size": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.validate_before_fit": "false",
+        "trainer.max_steps": config.trainer.max_steps,
+        "trainer.val_check_interval": 1000,
+        "trainer.num_threads": 1,
+        "optim.warmup_steps": 1,
+        "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
+    }
+    words = [f"{key}={value}" for key, value in keys.items()]
+    return [sys.executable, "-m", "prefgen", "fit", "--stage", "align", *words]
+
+
+def _wait_for(path, *, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_kill_9_and_the_same_command_again(make_config):
+    every = 20
+    common = ("trainer.max_steps=400", "trainer.val_check_interval=1000", f"checkpoint.every_n_steps={every}")
+    killed, straight = (make_config(*common, run_dir=name) for name in ("killed", "straight"))
+    folder = Path(killed.run_dir) / "checkpoints"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    process = subprocess.Popen(_command(killed), env=environment, stderr=subprocess.PIPE, text=True)
+    _wait_for(folder / f"step-{every:08d}.ckpt", process=process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    stopped_at = list_checkpoints(folder)[-1]
+    assert stopped_at.name != "step-00000400.ckpt", "it was through before the kill"
+
+    again = subprocess.run(_command(killed), env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {stopped_at}" in again.stderr
+
+    run_stage(straight, verb="fit", stage="align")
+    one, other = (
+        torch.load(Path(config.run_dir) / "checkpoints/step-00000400.ckpt", weights_only=True)
+        for config in (straight, killed)
+    )
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(one[part], other[part], where=part)
+    artefacts = [(Path(c.run_dir) / "projector.safetensors").read_bytes() for c in (straight, killed)]
+    assert artefacts[0] == artefacts[1]
