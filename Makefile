@@ -1,0 +1,53 @@
+# make test and make demo bootstrap their environment by themselves.
+# Another torch build:   make test PIP_ARGS="--index-url https://download.pytorch.org/whl/cu130"
+# Another environment:   make test VENV=/path/to/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+WORK ?= work/demo
+PIP_ARGS ?=
+STAMP := $(VENV)/.prefgen-installed
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint type format foundation clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "prefgen needs Python 3.11 or newer; pass PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[mini,dev]'
+	@touch $@
+
+install: $(STAMP)  ## make the environment (VENV, default .venv) with every version pinned
+	@echo "installed into $(VENV); next: make demo"
+
+demo: $(STAMP)  ## train all four stages on drawings, evaluate, print where the report is (WORK, default work/demo)
+	PATH="$(abspath $(BIN)):$$PATH" WORK="$(WORK)" tools/demo.sh
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint type test  ## everything that must pass before a change goes in
+
+lint: $(STAMP)  ## style and formatting, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)  ## static types
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+foundation: $(STAMP)  ## train the mini foundation anew (hours; resumable)
+	$(BIN)/python tools/train_foundation.py
+
+clean:  ## delete what tests and builds left behind; keeps the environment and work/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

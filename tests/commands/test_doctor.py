@@ -1,0 +1,33 @@
+"""``prefgen doctor`` says what is there, what is missing, and how to mend it."""
+
+import pytest
+
+from prefgen.cli import main
+from prefgen.commands import doctor
+
+
+def test_report(capsys):
+    code = main(["doctor"])
+    out = capsys.readouterr().out
+    headings = ("prefgen ", "libraries: torch ", "CPU: ", "bf16 matrix products run", "GPU", "MMD backend: ")
+    for words in (*headings, "mini foundation:", "presets: ", "extras:"):
+        assert words in out
+    assert (code == 0) == out.endswith("ready\n")
+
+
+def test_missing_things_are_named_with_the_cure(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "FOUNDATION", {"CLIP": "asset:nowhere/clip/config.json"})
+    monkeypatch.setattr(doctor, "EXTRAS", {"mini": ("surely_not_installed",)})
+    monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "surely-not-installed"))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "surely-not-installed MISSING" in out
+    assert "CLIP: MISSING at" in out
+    assert "to mend: make foundation" in out
+    assert "pip install 'prefgen[mini]'" in out
+    assert out.splitlines()[-1] == "missing: surely-not-installed, mini CLIP"
+
+
+def test_bf16_gain_is_a_ratio():
+    assert doctor.bf16_gain(size=64) == pytest.approx(doctor.bf16_gain(size=64), rel=1e3)
+    assert doctor.bf16_gain(size=64) > 0

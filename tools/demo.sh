@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The whole way from nothing to a report, on the mini preset: data, four stages, evaluation.
+# WORK is the folder everything goes into; run again, it goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work="${WORK:-work/demo}"
+
+step() {
+    printf '\n== %s\n' "$*"
+    local began=$SECONDS
+    "$@"
+    printf '== done in %d s\n' $((SECONDS - began))
+}
+
+if [[ ! -f $work/raw/history.jsonl ]]; then
+    step prefgen data agents --out "$work/raw"
+fi
+if [[ ! -f $work/shards/index.json ]]; then
+    step prefgen data build --history "$work/raw/history.jsonl" --out "$work/shards"
+fi
+step prefgen fit --stage vqa workdir="$work"
+step prefgen fit --stage probe workdir="$work"
+step prefgen predict --stage probe workdir="$work"
+step prefgen fit --stage align workdir="$work"
+step prefgen fit --stage inject workdir="$work"
+step prefgen evaluate workdir="$work"
