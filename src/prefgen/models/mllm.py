@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, DynamicCache, Idefics3ForConditionalGene
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from prefgen.errors import CheckpointError, DataError
+from prefgen.models.loading import quiet_loading
 from prefgen.models.packing import PackedBatch, PackItem, PromptEncoder, PromptFormat, pack_batch
 
 IMAGE_WRAPPING_KEY = "prefgen_image_wrapping"
@@ -49,11 +50,12 @@ class MLLM:
             CheckpointError: nothing loadable there.
         """
         try:
-            model = Idefics3ForConditionalGeneration.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            processor = Idefics3ImageProcessorPil.from_pretrained(path)
+            with quiet_loading():
+                model = Idefics3ForConditionalGeneration.from_pretrained(
+                    path, dtype=dtype, attn_implementation=attention
+                )
+                tokenizer = AutoTokenizer.from_pretrained(path)
+                processor = Idefics3ImageProcessorPil.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"no multimodal LLM of the Idefics3 classes at {path}: {reason}") from error
@@ -70,7 +72,8 @@ class MLLM:
 
     def save(self, path: str | Path) -> None:
         """Write model, tokenizer, chat template and processor where ``from_pretrained`` finds them."""
-        self.model.save_pretrained(path)
+        with quiet_loading():
+            self.model.save_pretrained(path)
         self.processor().save_pretrained(path)
 
     def processor(self) -> Any:

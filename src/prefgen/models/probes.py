@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefgen.errors import ConfigError
+from prefgen.errors import CheckpointError, ConfigError
 from prefgen.models.pooling import POOLINGS, Pooling
 
 ChoiceRule = Literal["rule", "paper"]
@@ -51,10 +53,10 @@ class ProbeGrid(nn.Module):
             return torch.einsum("ncd,ckd->nck", standard, self.weight) + self.bias
 
     def loss(self, features: Tensor, *, labels: Tensor) -> Tensor:
-        """Cross-entropy per cell (C,); train on its SUM."""
+        """Cross-entropy per cell (C,); labels (N,), or (N, C) for each cell its own. Train on the SUM."""
         logits = self(features)
-        repeated = labels[:, None].expand(-1, logits.shape[1])
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), repeated.flatten(), reduction="none")
+        repeated = labels if labels.ndim == 2 else labels[:, None].expand(-1, logits.shape[1])
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), repeated.reshape(-1), reduction="none")
         return losses.view(repeated.shape).mean(0)
 
 
@@ -68,6 +70,28 @@ class CellAccuracy:
     low: float
     high: float
     num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlAccuracy:
+    """Shuffled labels: mean over cells with a 95 % interval, and the chance it should cover."""
+
+    mean: float
+    low: float
+    high: float
+    chance: float
+
+
+def control_accuracy(cells: Sequence[CellAccuracy], *, num_classes: int) -> ControlAccuracy:
+    """Mean over cells, each trained on a shuffling of its own.
+
+    The interval comes from the spread over cells, not from users: a user's samples resemble each other, so
+    one shuffling gets a user all right or all wrong, and with few users no single one says much.
+    """
+    values = np.array([cell.accuracy for cell in cells])
+    margin = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    mean = float(values.mean())
+    return ControlAccuracy(mean=mean, low=mean - margin, high=mean + margin, chance=1 / num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +166,37 @@ def choose_layers(
     return LayerChoice(
         sem_layers=sem_layers, sem_pooling=sem_pooling, core_layer=core.layer, core_pooling=core.pooling
     )
+
+
+def choice_to_json(choice: LayerChoice) -> dict[str, Any]:
+    """As it stands in probe.json; ``prefgen.lineage.hash_json`` of it is the "probe" part of a lineage."""
+    return {
+        "core": {"layer": choice.core_layer, "pooling": choice.core_pooling},
+        "sem": {"layers": list(choice.sem_layers), "pooling": choice.sem_pooling},
+    }
+
+
+def read_choice(path: Path) -> LayerChoice:
+    """The choice in a probe.json.
+
+    Raises:
+        CheckpointError: no such file, or no choice of known poolings in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["choice"]
+        choice = LayerChoice(
+            sem_layers=tuple(int(layer) for layer in found["sem"]["layers"]),
+            sem_pooling=found["sem"]["pooling"],
+            core_layer=int(found["core"]["layer"]),
+            core_pooling=found["core"]["pooling"],
+        )
+    except OSError:
+        raise CheckpointError(f"no {path}; run 'prefgen fit --stage probe' first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no choice of layers ({type(error).__name__}: {error})") from None
+    if not {choice.core_pooling, choice.sem_pooling} <= set(POOLINGS) or not choice.sem_layers:
+        raise CheckpointError(f"{path}: poolings must be among {', '.join(POOLINGS)}")
+    return choice
 
 
 def rule_words(rule: ChoiceRule) -> str:

@@ -114,15 +114,17 @@ def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows]) -> Te
     total = sum(user.num_images for user in users)
     images = (image for position in range(len(users)) for image in user_images(_sample(reader, position)))
     label = f"encoding images ({reader.split})"
-    parts = []
+    form = mllm.encoder.format
+    features = torch.empty(total, form.tokens_per_image, mllm.hidden_size, dtype=torch.float16)
+    done = 0
     with tqdm(total=total, desc=label, unit="image", disable=total < CHUNK) as bar:
         while chunk := list(islice(images, CHUNK)):
             # Convolutions and matmuls in bf16 are several times faster, and the cache has half precision.
             with torch.autocast(mllm.device.type, dtype=torch.bfloat16):
                 encoded = mllm.encode_images(chunk)
-            parts.append(encoded.to(device="cpu", dtype=torch.float16))
+            features[done : done + len(chunk)] = encoded.to(device="cpu", dtype=torch.float16)
+            done += len(chunk)
             bar.update(len(chunk))
-    features = torch.cat(parts)
     if not bool(torch.isfinite(features).all()):
         raise DataError(
             f"features of split {reader.split} overflow float16; check the vision tower's weights"

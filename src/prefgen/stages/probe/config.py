@@ -1,0 +1,144 @@
+"""What can be set for stage probe. No torch here: the command line checks a config before anything heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig, at_least, require
+
+
+@dataclass
+class ProbeDataConfig(DataConfig):
+    """Which users are probed, with how many draws."""
+
+    batch_size: int = 256
+    """Pooled samples per step."""
+    shards: str = "${workdir}/shards"
+    """Folder of history shards, written by 'prefgen data build'."""
+    feature_cache: str = "${workdir}/features"
+    """Folder where stages vqa and probe share image features; empty keeps them in memory only."""
+    rows_per_pass: int = 16
+    """Packed rows in one pass of the MLLM."""
+    inter_users: int = 128
+    """Validation users to be told apart; fewer if there are fewer."""
+    inter_train_draws: int = 12
+    """Draws a user from one half of its images, to train on."""
+    inter_test_draws: int = 6
+    """Draws a user from the other half, to test on; the two share no image."""
+    inter_references: int = 5
+    """References of either side in such a draw."""
+    intra_users: int = 384
+    """Training users whose like-or-dislike answers train the intra-user probe; validation users test it."""
+    intra_queries: int = 6
+    """Target images a user."""
+    intra_references: int = 8
+    """References of either side before the target."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        at_least("data.rows_per_pass", self.rows_per_pass, minimum=1)
+        at_least("data.inter_users", self.inter_users, minimum=2)
+        for name in ("inter_train_draws", "inter_test_draws", "inter_references"):
+            at_least(f"data.{name}", getattr(self, name), minimum=1)
+        for name in ("intra_users", "intra_queries", "intra_references"):
+            at_least(f"data.{name}", getattr(self, name), minimum=1)
+
+
+@dataclass
+class ProbeModelConfig:
+    """The frozen models that make the numbers."""
+
+    mllm: str = "asset:mini/mllm"
+    """Folder or hub id of the multimodal LLM."""
+    lora: str = "${workdir}/vqa/lora"
+    """Folder of stage vqa's LoRA; empty probes the MLLM as it was before."""
+    attention: Literal["eager", "sdpa"] = "eager"
+    """Attention code; eager is the faster one on a CPU, sdpa on a GPU."""
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights."""
+    image_encoder: str = "asset:mini/pipeline/image_encoder"
+    """Folder of the diffusion pipeline's image encoder, for the image embeddings that predict writes."""
+
+
+@dataclass
+class ProbeSectionConfig:
+    """How core and sem are chosen from the grids."""
+
+    choice: Literal["rule", "paper"] = "rule"
+    """rule: sem from the four layers and the pooling that tell like from dislike best;
+    paper: last token of the top four layers. core is the best inter-user cell of the upper half in both."""
+    num_resamples: int = 1000
+    """Bootstrap resamplings of users behind each interval."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("probe.num_resamples", self.num_resamples, minimum=10)
+
+
+@dataclass
+class EmbedConfig:
+    """What 'prefgen predict --stage probe' writes."""
+
+    out: str = "${workdir}/embeddings"
+    """Folder of the embedding shards; an older set there is replaced."""
+    num_draws: int = 8
+    """Reference draws a user."""
+    num_references: int = 8
+    """References of either side in a draw; a side keeps at least a quarter of its images as targets."""
+    users_per_pass: int = 16
+    """Users embedded at a time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_draws", "num_references", "users_per_pass"):
+            at_least(f"embed.{name}", getattr(self, name), minimum=1)
+
+
+@dataclass
+class ProbeConfig(StageConfig):
+    """Stage probe: linear probes over layers and poolings choose where core and sem are read."""
+
+    run_dir: str = "${workdir}/probe"
+    """Folder of this run."""
+    trainer: TrainerConfig = field(
+        default_factory=lambda: TrainerConfig(max_steps=400, gradient_clip_val=None)
+    )
+    data: ProbeDataConfig = field(default_factory=ProbeDataConfig)
+    model: ProbeModelConfig = field(default_factory=ProbeModelConfig)
+    probe: ProbeSectionConfig = field(default_factory=ProbeSectionConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what would make one probe depend on another."""
+        super().__post_init__()
+        require(
+            self.trainer.gradient_clip_val is None,
+            f"trainer.gradient_clip_val={self.trainer.gradient_clip_val} would couple the probes of all "
+            "cells; stage probe needs trainer.gradient_clip_val=null",
+        )
+
+    def required_inputs(self) -> tuple[RequiredInput, ...]:
+        """History shards, and stage vqa's LoRA unless it is switched off."""
+        raw, shards = f"{self.workdir}/raw/history.jsonl", self.data.shards
+        inputs = [
+            RequiredInput(
+                key="data.shards",
+                path=shards,
+                what="history shards",
+                made_by=f"prefgen data build --history {raw} --out {shards}",
+                member="index.json",
+            )
+        ]
+        if self.model.lora:
+            inputs.append(
+                RequiredInput(
+                    key="model.lora",
+                    path=self.model.lora,
+                    what="LoRA",
+                    made_by=f"prefgen fit --stage vqa workdir={self.workdir}",
+                    member="adapter_model.safetensors",
+                )
+            )
+        return tuple(inputs)

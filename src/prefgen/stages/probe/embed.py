@@ -1,0 +1,151 @@
+"""Embedding shards: core and sem of several reference draws a user, and every image's embedding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prefgen.config import resolve_path
+from prefgen.data.embeddings import EmbeddingWriter, UserEmbeddings
+from prefgen.data.index import read_index
+from prefgen.data.reader import ShardReader
+from prefgen.data.sampling import References as Draw
+from prefgen.data.sampling import draw_references, rng_for
+from prefgen.lineage import hash_folder, hash_json
+from prefgen.models.image_encoder import ImageEncoder
+from prefgen.models.mllm import MLLM
+from prefgen.models.probes import LayerChoice, choice_to_json
+from prefgen.models.questions import UserRows
+from prefgen.models.representation import References, embed_references
+from prefgen.schema import Split, UserHistory
+from prefgen.stages.features import model_hash, user_images
+from prefgen.stages.probe.config import ProbeConfig
+from prefgen.stages.probe.data import load_split
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SHARE = 0.75
+"""Of a side's images at most so much goes into one draw: the rest are targets and anchors of stage inject."""
+
+
+def probe_lineage(config: ProbeConfig, *, choice: LayerChoice) -> dict[str, str]:
+    """Hashes of what core and sem depend on."""
+    lora = config.model.lora
+    return {
+        "mllm": model_hash(config.model.mllm),
+        "lora": hash_folder(resolve_path(lora)) if lora else "none",
+        "probe": hash_json(choice_to_json(choice)),
+    }
+
+
+def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int) -> Draw:
+    """Reference draw number ``draw`` of a user."""
+    rng = rng_for(seed=seed, epoch=draw, key=history.user_id, purpose="embedding references")
+    counts = [_most(len(side), wanted=num_references) for side in (history.liked, history.disliked)]
+    return draw_references(history, num_liked=counts[0], num_disliked=counts[1], rng=rng)
+
+
+def write_embeddings(config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, device: torch.device) -> Path:
+    """Write all splits of the shards to ``embed.out``, replacing an older set.
+
+    Returns:
+        The folder.
+    """
+    out = resolve_path(config.embed.out)
+    encoder_path = resolve_path(config.model.image_encoder)
+    encoder = ImageEncoder.load(encoder_path, device=device)
+    header = {
+        **probe_lineage(config, choice=choice),
+        "image_encoder": hash_folder(encoder_path),
+        "choice": choice_to_json(choice),
+        "num_references": config.embed.num_references,
+        "seed": config.seed,
+    }
+    index = read_index(resolve_path(config.data.shards), kind="histories")
+    with EmbeddingWriter(out, header=header, overwrite=True) as writer:
+        for split in index.splits:
+            for user in _embed_split(config, mllm=mllm, choice=choice, encoder=encoder, split=split):
+                writer.add(user, split=split)
+        writer.close()
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    user: UserRows
+    draws: tuple[Draw, ...]
+
+    def references(self) -> list[References]:
+        """Every draw, then every negative twin."""
+        own = [self._rows(liked=draw.liked, disliked=draw.disliked) for draw in self.draws]
+        return own + [one.swapped() for one in own]
+
+    def _rows(self, *, liked: Sequence[int], disliked: Sequence[int]) -> References:
+        return References(
+            liked=self.user.rows("liked", positions=liked),
+            disliked=self.user.rows("disliked", positions=disliked),
+        )
+
+
+def _embed_split(
+    config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, encoder: ImageEncoder, split: Split
+) -> Iterator[UserEmbeddings]:
+    features = load_split(config, mllm=mllm, split=split, device=mllm.device)
+    reader = ShardReader(resolve_path(config.data.shards), split=split)
+    embed, step = config.embed, config.embed.users_per_pass
+    total = len(features.users)
+    with tqdm(total=total, desc=f"embedding users ({split})", unit="user", disable=total < 100) as bar:
+        for start in range(0, total, step):
+            group = [
+                _Drawn(
+                    user=user,
+                    draws=tuple(
+                        draw_of(user.history, draw=i, num_references=embed.num_references, seed=config.seed)
+                        for i in range(embed.num_draws)
+                    ),
+                )
+                for user in features.users[start : start + step]
+            ]
+            references = [one for drawn in group for one in drawn.references()]
+            states = embed_references(
+                mllm, references=references, image_features=features.features, choice=choice, batch_size=64
+            )
+            core = states.core.cpu().float().numpy().reshape(len(group), 2, embed.num_draws, -1)
+            sem = states.sem.cpu().float().numpy().reshape(len(group), 2, embed.num_draws, -1)
+            for number, drawn in enumerate(group):
+                sample = reader[start + number]
+                assert sample is not None  # on_bad="raise"
+                image = encoder.embed(user_images(sample)).numpy()
+                yield _user(drawn, core=core[number], sem=sem[number], image=image)
+            bar.update(len(group))
+
+
+def _user(drawn: _Drawn, *, core: np.ndarray, sem: np.ndarray, image: np.ndarray) -> UserEmbeddings:
+    history = drawn.user.history
+    keys = [
+        *Draw(liked=tuple(range(len(history.liked))), disliked=()).keys(history.user_id),
+        *Draw(liked=(), disliked=tuple(range(len(history.disliked)))).keys(history.user_id),
+    ]
+    return UserEmbeddings(
+        user_id=history.user_id,
+        core=core[0],
+        sem=sem[0],
+        core_negative=core[1],
+        sem_negative=sem[1],
+        reference_keys=tuple(draw.keys(history.user_id) for draw in drawn.draws),
+        image=image,
+        image_keys=tuple(keys),
+        prompts=tuple(one.prompt for one in (*history.liked, *history.disliked)),
+        liked_attributes=history.liked_attributes,
+        disliked_attributes=history.disliked_attributes,
+    )
+
+
+def _most(size: int, *, wanted: int) -> int:
+    return min(wanted, max(1, int(size * LARGEST_SHARE))) if size else 0
