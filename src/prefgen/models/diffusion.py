@@ -147,10 +147,14 @@ class DiffusionBundle:
         return int(self.unet.config.in_channels), int(height), int(width)
 
     @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, on a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels that go with ``latent_shape``."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        return self.latent_shape[1] * self.vae_factor, self.latent_shape[2] * self.vae_factor
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> TextCondition:
@@ -243,9 +247,9 @@ class DiffusionBundle:
         return cast(
             Tensor,
             self.unet(
-                latents,
+                latents.to(self.unet.dtype),
                 timesteps,
-                encoder_hidden_states=text.hidden,
+                encoder_hidden_states=text.hidden.to(self.unet.dtype),
                 added_cond_kwargs=self._added(text, latents=latents),
                 return_dict=False,
             )[0],
@@ -254,8 +258,7 @@ class DiffusionBundle:
     def _added(self, text: TextCondition, *, latents: Tensor) -> dict[str, Tensor] | None:
         if self.unet.config.addition_embed_type != "text_time":
             return None
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+        height, width = latents.shape[-2] * self.vae_factor, latents.shape[-1] * self.vae_factor
         ids = torch.tensor(
             [[height, width, 0, 0, height, width]], device=self.device, dtype=text.pooled.dtype
         )

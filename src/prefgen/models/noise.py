@@ -117,17 +117,15 @@ def noise_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseDraw:
-    """Everything random about noising a batch.
+    """What is drawn to noise a batch, beside its timesteps.
 
     Attributes:
         noise: (B,C,h,w) standard normal.
         posterior_noise: (B,C,h,w) standard normal, for drawing latents from the VAE's posterior.
-        timesteps: (B,) int64 in [0, T).
     """
 
     noise: Tensor
     posterior_noise: Tensor
-    timesteps: Tensor
 
 
 def draw_timesteps(count: int, *, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
@@ -135,22 +133,18 @@ def draw_timesteps(count: int, *, num_train_timesteps: int, generator: torch.Gen
     return torch.randint(0, num_train_timesteps, (count,), generator=generator)
 
 
-def draw_noise(seeds: Sequence[int], *, shape: Sequence[int], num_train_timesteps: int) -> NoiseDraw:
-    """Noise and timesteps of a batch, each image's from its own seed.
+def draw_noise(seeds: Sequence[int], *, shape: Sequence[int]) -> NoiseDraw:
+    """Noise of a batch, each image's from its own seed.
 
     So an image gets the same noise whatever batch, worker or rank it comes in, which makes resume exact.
 
     Args:
         seeds: B seeds in [0, 2^63).
         shape: (C,h,w) of one image's latents.
-        num_train_timesteps: T of the schedule.
     """
-    noise, posterior, timesteps = [], [], []
+    noise, posterior = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        timesteps.append(draw_timesteps(1, num_train_timesteps=num_train_timesteps, generator=generator))
         noise.append(torch.randn(*shape, generator=generator))
         posterior.append(torch.randn(*shape, generator=generator))
-    return NoiseDraw(
-        noise=torch.stack(noise), posterior_noise=torch.stack(posterior), timesteps=torch.cat(timesteps)
-    )
+    return NoiseDraw(noise=torch.stack(noise), posterior_noise=torch.stack(posterior))

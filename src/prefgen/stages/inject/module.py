@@ -1,0 +1,284 @@
+"""The user adapter under the noise loss of a frozen diffusion model, and what users are worth to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prefgen.config import resolve_path
+from prefgen.data.embeddings import check_lineage
+from prefgen.errors import CheckpointError
+from prefgen.lineage import hash_file, hash_folder
+from prefgen.models.diffusion import DiffusionBundle, LatentMoments, TextCondition
+from prefgen.models.fusion import FusionShape, PartName
+from prefgen.models.noise import draw_noise, noise_loss
+from prefgen.models.pixels import to_uint8
+from prefgen.models.projector import SemProjector, load_projector
+from prefgen.models.sampling import SampleUsers, sample
+from prefgen.models.user_adapter import UserAdapter, save_user_adapter
+from prefgen.stages.base import StageModule
+from prefgen.stages.inject.config import PARTS, InjectConfig
+from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, read_facts
+
+ARTEFACT = "user_adapter.safetensors"
+
+_SAMPLE_SEED = 1234
+
+
+class InjectModule(StageModule):
+    """Stage inject: fusion and user cross-attention train, everything else is frozen."""
+
+    stage: ClassVar[str] = "inject"
+
+    def __init__(self, config: InjectConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        facts = read_facts(config)
+        self.bundle = load_bundle(config)
+        # As submodules, so that Lightning moves them; on_save_checkpoint leaves them out.
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
+            setattr(self, f"frozen_{name}", getattr(self.bundle, name))
+        self.projector, self.lineage = load_aligner(config, facts=facts)
+        # The initial weights depend on the seed alone, not on what drew random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.adapter = UserAdapter(self.bundle.unet, shape=self._shape(facts))
+        self.adapter.attention.install()
+        if config.model.gradient_checkpointing:
+            self.bundle.unet.enable_gradient_checkpointing()
+        self._moments: dict[str, LatentMoments] = {}
+        self._texts: dict[str, TextCondition] = {}
+        self._sampled_at: int | None = None
+
+    def _shape(self, facts: EmbeddingFacts) -> FusionShape:
+        aligned = self.projector.shape.text_width if self.projector is not None else 0
+        widths = {"aligned": aligned, "core": facts.core_width, "image": facts.image_width}
+        parts = tuple(name for name in self.config.model.parts)
+        return FusionShape(
+            parts=parts,
+            widths=tuple(widths[part] for part in parts),
+            cross_width=self.bundle.cross_width,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Fix the fusion's statistics on training users; a checkpoint's replace them afterwards."""
+        if stage != "fit":
+            return
+        data = self.trainer.datamodule
+        assert isinstance(data, InjectData)
+        rows = data.statistics()
+        self.adapter.fusion.standardise(self._parts(sem=rows["sem"], core=rows["core"], image=rows["image"]))
+
+    @torch.no_grad()
+    def _parts(self, *, sem: Tensor, core: Tensor, image: Tensor) -> dict[PartName, Tensor]:
+        """The parts in use, float32; ``aligned`` is made of ``sem`` here."""
+        parts: dict[PartName, Tensor] = {"core": core.float(), "image": image.float()}
+        if self.projector is not None:
+            # Outside autocast: a user's place among others is in digits that bfloat16 rounds away.
+            with torch.autocast(sem.device.type, enabled=False):
+                parts["aligned"] = self.projector(sem.float())
+        return {name: value for name, value in parts.items() if name in self.config.model.parts}
+
+    # Steps
+
+    def training_step(self, batch: InjectBatch) -> Tensor:
+        """Noise loss with drops; the users stay set until the next step, for gradient checkpointing."""
+        keep = {name: batch.keep[:, index] for index, name in enumerate(PARTS)}
+        loss = self._losses(batch, users=self._tokens(batch, keep=keep)).mean()
+        self.log("train/loss", loss.detach(), batch_size=len(batch.keys))
+        return loss
+
+    def validation_step(self, batch: InjectBatch) -> None:
+        """On unseen users, each with its own noise and timestep, always the same ones."""
+        self._measure(batch, prefix="val")
+
+    def test_step(self, batch: InjectBatch) -> None:
+        """The same on test users."""
+        self._measure(batch, prefix="test")
+
+    def _measure(self, batch: InjectBatch, *, prefix: str) -> None:
+        """The loss for the own user, for the next one of the batch, and for nobody (the base model)."""
+        own = self._tokens(batch)
+        for name, users in (("", own), ("_other", own.roll(1, dims=0)), ("_base", None)):
+            if name == "_other" and len(own) == 1:
+                continue  # the next user would be the own one
+            loss = self._losses(batch, users=users).mean()
+            self.log(f"{prefix}/loss{name}", loss, batch_size=len(batch.keys), sync_dist=True)
+        self.adapter.attention.clear()
+
+    def _tokens(self, batch: InjectBatch, *, keep: Mapping[str, Tensor] | None = None) -> Tensor:
+        parts = self._parts(sem=batch.sem, core=batch.core, image=batch.image)
+        kept = None if keep is None else {name: keep[name] for name in parts}
+        return self.adapter.tokens(parts, keep=kept)
+
+    def _losses(self, batch: InjectBatch, *, users: Tensor | None) -> Tensor:
+        """(B,) float32 noise losses; ``users`` (B,N,Dcross), or None for the base model."""
+        bundle, schedule = self.bundle, self.bundle.schedule
+        draw = draw_noise(batch.noise_seeds, shape=self._latent_shape(batch))
+        noise = draw.noise.to(self.device)
+        timesteps = (batch.times * len(schedule)).long()
+        latents = bundle.draw_latents(self.moments(batch), noise=draw.posterior_noise.to(self.device)).float()
+        noisy = schedule.add(latents, noise=noise, timesteps=timesteps)
+        if users is None:
+            self.adapter.attention.clear()
+        else:
+            self.adapter.attention.set(users, user_scale=1.0)
+        prediction = bundle.denoise(noisy, timesteps=timesteps, text=self.texts(batch.prompts))
+        return noise_loss(
+            prediction,
+            latents=latents,
+            noise=noise,
+            timesteps=timesteps,
+            schedule=schedule,
+            min_snr_gamma=self.config.inject.min_snr_gamma,
+        )
+
+    def _latent_shape(self, batch: InjectBatch) -> tuple[int, int, int]:
+        factor = self.bundle.vae_factor
+        height, width = batch.pixels.shape[-2:]
+        return self.bundle.latent_shape[0], height // factor, width // factor
+
+    # Frozen encoders, each input once
+
+    def moments(self, batch: InjectBatch) -> LatentMoments:
+        """Posterior of the targets.
+
+        Kept ones are encoded alone: products of another batch size round differently, and a resumed run,
+        whose memory is empty, would not be the run it goes on from.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            if not self.config.data.cache_latents:
+                return self.bundle.encode_moments(batch.pixels)
+            for key, pixels in zip(batch.keys, batch.pixels, strict=True):
+                if key not in self._moments:
+                    self._moments[key] = self.bundle.encode_moments(pixels[None])
+        kept = [self._moments[key] for key in batch.keys]
+        return LatentMoments(mean=torch.cat([m.mean for m in kept]), std=torch.cat([m.std for m in kept]))
+
+    def texts(self, prompts: Sequence[str]) -> TextCondition:
+        """Encoded prompts; kept as :meth:`moments` are."""
+        with torch.autocast(self.device.type, enabled=False):
+            if not self.config.data.cache_latents:
+                return self.bundle.encode_text(prompts)
+            for prompt in prompts:
+                if prompt not in self._texts:
+                    self._texts[prompt] = self.bundle.encode_text([prompt])
+        return TextCondition.cat([self._texts[prompt] for prompt in prompts])
+
+    # Pictures while training
+
+    def on_validation_epoch_end(self) -> None:
+        """Draw the grid where it is due; the moving average, if kept, is in place here."""
+        every, step = self.config.inject.sample_every_n_steps, self.global_step
+        if not every or not self.trainer.is_global_zero or self.logger is None:
+            return
+        if self._sampled_at is not None and step - self._sampled_at < every:
+            return
+        self._sampled_at = step
+        data = self.trainer.datamodule
+        batch = self.trainer.strategy.batch_to_device(next(iter(data.val_dataloader())))
+        with self.trainer.precision_plugin.forward_context():
+            grid = self.draw_grid(batch)
+        self.logger.experiment.add_image("samples", grid.transpose(2, 0, 1), step)
+        folder = self.run_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(folder / f"step-{step:08d}.png")
+
+    @torch.no_grad()
+    def draw_grid(self, batch: InjectBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """(H,W,3) picture: on top a liked image of each user, below one row a prompt, base model first.
+
+        All pictures of a row start from the same noise.
+        """
+        settings = self.config.inject
+        count = min(settings.num_sample_users, len(batch.keys))
+        prompts = list(dict.fromkeys(p for p in batch.prompts if p))[: settings.num_sample_prompts] or [""]
+        parts = self._parts(sem=batch.sem[:count], core=batch.core[:count], image=batch.image[:count])
+        # The base model is a user at scale 0 in the same batch; whose parts stand there does not matter.
+        row = {name: torch.cat([value[:1], value]) for name, value in parts.items()}
+        columns, rows = count + 1, len(prompts)
+        users = SampleUsers.of(
+            self.adapter,
+            parts={name: value.repeat(rows, 1) for name, value in row.items()},
+            scale=([0.0] + [1.0] * count) * rows,
+        )
+        drawn = sample(
+            self.bundle,
+            [prompt for prompt in prompts for _ in range(columns)],
+            seeds=[_SAMPLE_SEED + index for index in range(rows) for _ in range(columns)],
+            users=users,
+            num_steps=settings.sample_steps,
+            guidance_scale=settings.sample_guidance,
+        )
+        blank = torch.ones_like(batch.pixels[:1])
+        top = torch.cat([blank, batch.pixels[:count]]).to(drawn)
+        tiles = to_uint8(torch.cat([top, drawn]))
+        height, width = tiles.shape[1:3]
+        grid = tiles.reshape(rows + 1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+        return grid.reshape((rows + 1) * height, columns * width, 3)
+
+    # Artefact
+
+    def export(self, run_dir: Path) -> Path:
+        """Write ``user_adapter.safetensors``: trained parts and fixed statistics, with their lineage."""
+        path = run_dir / ARTEFACT
+        save_user_adapter(self.adapter, path=path, lineage=self.lineage)
+        return path
+
+
+def load_bundle(config: InjectConfig) -> DiffusionBundle:
+    """The frozen pipeline of a configuration."""
+    model = config.model
+    return DiffusionBundle.load(
+        str(resolve_path(model.pipeline)),
+        dtype=getattr(torch, model.frozen_dtype),
+        vae_dtype=getattr(torch, model.vae_dtype),
+        image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
+        memory_format=model.memory_format,
+    )
+
+
+def load_aligner(
+    config: InjectConfig, *, facts: EmbeddingFacts
+) -> tuple[SemProjector | None, dict[str, str]]:
+    """The projector, where ``aligned`` is a part, and the lineage of what will be trained.
+
+    Raises:
+        CheckpointError: projector and embeddings come from different models.
+    """
+    lineage = dict(facts.lineage)
+    pipeline = resolve_path(config.model.pipeline)
+    if (pipeline / "unet").is_dir():
+        lineage["unet"] = hash_folder(pipeline / "unet")
+    if "aligned" not in config.model.parts:
+        return None, lineage
+    path = resolve_path(config.model.projector)
+    loaded = load_projector(path)
+    # The text encoder is no part of the embeddings; it is compared with the pipeline's own below.
+    expected = {name: value for name, value in loaded.lineage.items() if name != "text_encoder"}
+    check_lineage(
+        facts.lineage,
+        expected=expected,
+        where=f"{config.data.embeddings} beside {path}",
+        mend=f"run 'prefgen fit --stage align workdir={config.workdir}' on these embeddings",
+    )
+    part = loaded.text.get("text_encoder", "text_encoder")
+    if "text_encoder" in loaded.lineage and (pipeline / part).is_dir():
+        lineage["text_encoder"] = hash_folder(pipeline / part)
+        if lineage["text_encoder"] != loaded.lineage["text_encoder"]:
+            raise CheckpointError(
+                f"{path} maps into the text space of another pipeline than {config.model.pipeline}; run "
+                f"'prefgen fit --stage align workdir={config.workdir}' with this model.pipeline"
+            )
+    if loaded.projector.shape.sem_width != facts.sem_width:
+        raise CheckpointError(
+            f"{path} takes sem embeddings of width {loaded.projector.shape.sem_width}, but "
+            f"{config.data.embeddings} holds {facts.sem_width}; fit stage align on these embeddings"
+        )
+    return loaded.projector, {**lineage, "projector": hash_file(path)}
