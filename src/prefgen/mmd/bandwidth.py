@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(0, dtype=torch.float64)
     shift = mean.to(x.dtype if x.dtype == torch.float64 else torch.float32)
     spread = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(4096):
+    for part in torch.split(x, 4096):
         spread = spread + (part - shift).square().sum(dtype=torch.float64)
     return spread, mean
 

@@ -29,7 +29,7 @@ from prefgen.mmd.errors import MMDError
 KernelName = Literal["gaussian", "laplacian", "rq", "imq", "energy"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
 
-_CHAIN_REACH = 40.0
+CHAIN_REACH = 40.0
 """Largest rate * q0: beyond it exp(rate * q0) loses digits near q = 0 and then overflows single precision."""
 
 
@@ -91,13 +91,13 @@ def make_levels(
     """
     if kernel == "gaussian":
         rate = 0.5 / sigma.square()
-        reach = _CHAIN_REACH / (rate.max() if chain else rate)
+        reach = CHAIN_REACH / (rate.max() if chain else rate)
         origin = torch.minimum(typical, reach).expand_as(rate)
         value = coefs * torch.exp(-rate * origin)
         return Levels(rate=rate, origin=origin, value=value, slope=-rate * value)
     if kernel == "laplacian":
         rate = 1.0 / sigma
-        origin = torch.minimum(typical, (_CHAIN_REACH / rate).square())
+        origin = torch.minimum(typical, (CHAIN_REACH / rate).square())
         root = origin.sqrt()
         value = coefs * torch.exp(-rate * root)
         return Levels(rate=rate, origin=origin, value=value, slope=-0.5 * rate * value / _positive(root))

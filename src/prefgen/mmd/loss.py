@@ -64,7 +64,7 @@ class MMDLoss(nn.Module):
         self.register_buffer("sigma", torch.zeros((), dtype=torch.float64))
         # The same on the host, so that a step on a GPU need not ask the device.
         self._frozen = False
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     @property
     def calibrated(self) -> bool:

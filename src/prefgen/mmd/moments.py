@@ -79,7 +79,7 @@ def _mean(x: Tensor, weights: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         return x.mean(0, dtype=torch.float64).to(dtype)
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     size = weights.abs()
-    for rows, part in zip(x.split(_ROWS), size.split(_ROWS), strict=True):
+    for rows, part in zip(torch.split(x, _ROWS), torch.split(size, _ROWS), strict=True):
         total = total + part @ rows.double()
     return (total / size.sum()).to(dtype)
 
@@ -96,7 +96,7 @@ def _shift(x: Tensor, mean: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor
     out = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
     norms, along = [], []
     direction = gap.to(mean.dtype)
-    for rows, part in zip(out.split(_ROWS), x.split(_ROWS), strict=True):
+    for rows, part in zip(torch.split(out, _ROWS), torch.split(x, _ROWS), strict=True):
         # The mean has the compute dtype, so a half-precision row is widened before anything is subtracted.
         torch.sub(part.to(mean.dtype), mean, out=rows) if not x.requires_grad else rows.copy_(part - mean)
         norms.append((rows * rows).sum(1, dtype=torch.float64))
