@@ -8,8 +8,8 @@ never waits.
 """
 
 # Triton reads these functions as its own language: arguments are pointers and compile-time constants.
-# ruff: noqa: ANN, D417, N803
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# ruff: noqa: ANN001, ANN201, D417, N803
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
