@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.errors import DataError
+from prefgen.models.image_encoder import ImageEncoder
+from prefgen.models.loading import quiet_loading
 from prefgen.models.noise import NoiseSchedule
 from prefgen.models.pixels import to_pil
 from prefgen.models.text import draw_list
@@ -99,7 +102,7 @@ class DiffusionBundle:
             dtype: of the frozen weights.
             device: where they live.
             vae_dtype: of the VAE alone; None keeps ``dtype``.
-            image_encoder: folder or hub id of a CLIP image encoder, for pipelines that ship none.
+            image_encoder: folder of a CLIP image encoder, for pipelines that ship none.
             memory_format: layout of the convolutions; channels_last is about twice as fast on a CPU but may
                 differ from a stock pipeline in the last bits.
 
@@ -108,9 +111,8 @@ class DiffusionBundle:
         """
         parts = _load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
         if image_encoder is not None:
-            parts["image_encoder"], parts["feature_extractor"] = _load_image_encoder(
-                image_encoder, dtype=dtype
-            )
+            own = ImageEncoder.load(Path(image_encoder), dtype=dtype)
+            parts["image_encoder"], parts["feature_extractor"] = own.model, own.feature_extractor
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if parts.get(name) is None:
                 raise DataError(f"{path}: the pipeline has no {name}; prefgen needs a UNet text-to-image one")
@@ -137,7 +139,7 @@ class DiffusionBundle:
     @property
     def image_width(self) -> int:
         """Dimage, the width of image embeddings."""
-        return int(self._image_encoder().config.projection_dim)
+        return int(self._image_encoder().model.config.projection_dim)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -223,24 +225,21 @@ class DiffusionBundle:
                 preprocessing, so both ways agree to the last bit for a decoded picture.
 
         Returns:
-            (B,Dimage) float32.
+            (B,Dimage) float32 on the CPU.
 
         Raises:
             DataError: the pipeline has no image encoder.
         """
         encoder = self._image_encoder()
-        pictures = to_pil(images) if isinstance(images, Tensor) else [i.convert("RGB") for i in images]
-        values = self.feature_extractor(pictures, return_tensors="pt")["pixel_values"]
-        values = values.to(device=encoder.device, dtype=encoder.dtype)
-        return cast(Tensor, encoder(values).image_embeds).float()
+        return encoder.embed(to_pil(images) if isinstance(images, Tensor) else images)
 
-    def _image_encoder(self) -> Any:
+    def _image_encoder(self) -> ImageEncoder:
         if self.image_encoder is None or self.feature_extractor is None:
             raise DataError(
                 "the pipeline has no image encoder for e_img; pass model.image_encoder=FOLDER "
                 "(a CLIPVisionModelWithProjection with its preprocessor)"
             )
-        return self.image_encoder
+        return ImageEncoder(model=self.image_encoder, feature_extractor=self.feature_extractor)
 
     def denoise(self, latents: Tensor, *, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's prediction (B,C,h,w) for latents (B,C,h,w) at ``timesteps`` (B,) or ()."""
@@ -294,32 +293,13 @@ def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     return cast("dict[str, Any]", pipeline.components)
 
 
-def _load_image_encoder(path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
-
-    try:
-        with _quiet():
-            encoder = CLIPVisionModelWithProjection.from_pretrained(path, dtype=dtype)
-            return encoder, CLIPImageProcessorPil.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"no CLIP image encoder at {path}: {str(error).splitlines()[0][:200]}") from None
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loaders' progress bars and the hint about torchvision, which a user can do nothing with."""
     import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet_loading():
+            yield
     finally:
-        transformers_logging.set_verbosity(level)
         diffusers_logging.enable_progress_bar()
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -164,6 +164,16 @@ def test_a_projector_of_other_embeddings_is_refused(make_config, tmp_path):
         InjectModule(make_config(f"model.projector={path}"))
 
 
+def test_embeddings_of_another_image_encoder_are_refused(make_config, tmp_path):
+    from prefgen.testing.data import make_embeddings
+
+    embeddings = make_embeddings(
+        tmp_path / "e", image_dim=12, header={"mllm": "tiny", "image_encoder": "another"}
+    )
+    with pytest.raises(CheckpointError, match="image_encoder is 'another'"):
+        InjectModule(make_config("model.parts=[image]", f"data.embeddings={embeddings}"))
+
+
 def test_the_initial_weights_depend_on_the_seed_alone(make_config):
     torch.manual_seed(1)
     first = InjectModule(make_config())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class InjectModule(StageModule):
     def _shape(self, facts: EmbeddingFacts) -> FusionShape:
         aligned = self.projector.shape.text_width if self.projector is not None else 0
         widths = {"aligned": aligned, "core": facts.core_width, "image": facts.image_width}
-        parts = tuple(name for name in self.config.model.parts)
+        parts = cast(tuple[PartName, ...], tuple(self.config.model.parts))  # checked by the config
         return FusionShape(
             parts=parts,
             widths=tuple(widths[part] for part in parts),
@@ -256,6 +256,8 @@ def load_aligner(
     pipeline = resolve_path(config.model.pipeline)
     if (pipeline / "unet").is_dir():
         lineage["unet"] = hash_folder(pipeline / "unet")
+    if "image" in config.model.parts:
+        _check_image_encoder(config, lineage=lineage)
     if "aligned" not in config.model.parts:
         return None, lineage
     path = resolve_path(config.model.projector)
@@ -282,3 +284,15 @@ def load_aligner(
             f"{config.data.embeddings} holds {facts.sem_width}; fit stage align on these embeddings"
         )
     return loaded.projector, {**lineage, "projector": hash_file(path)}
+
+
+def _check_image_encoder(config: InjectConfig, *, lineage: Mapping[str, str]) -> None:
+    own = config.model.image_encoder
+    folder = resolve_path(config.model.pipeline) / "image_encoder" if own is None else resolve_path(own)
+    if "image_encoder" in lineage and folder.is_dir():
+        check_lineage(
+            lineage,
+            expected={"image_encoder": hash_folder(folder)},
+            where=f"{config.data.embeddings} beside {folder}",
+            mend="pass the image encoder of the embeddings as model.image_encoder, or predict them again",
+        )
