@@ -1,0 +1,243 @@
+"""Images -> profile -> file -> images, on tiny models of the real classes."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prefgen.errors import CheckpointError, DataError
+from prefgen.pipeline import Artefacts, PrefGenPipeline
+from prefgen.profile import UserProfile
+from prefgen.taste import TasteModels, read_images
+from prefgen.testing.artefacts import save_tiny_artefacts
+
+
+def pictures(count, *, seed):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+LIKED, DISLIKED = pictures(3, seed=0), pictures(2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_artefacts(tmp_path_factory.mktemp("artefacts") / "tiny")
+
+
+def load(folder):
+    return PrefGenPipeline.load(folder, pipeline=folder / "pipeline", mllm=str(folder / "mllm"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def profile(pipeline):
+    return pipeline.build_profile(LIKED, disliked=DISLIKED)
+
+
+def same(first, second):
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
+
+
+def test_build_save_load_generate(pipeline, profile, tmp_path):
+    path = tmp_path / "me.safetensors"
+    profile.save(path)
+    loaded = UserProfile.load(path)
+    assert (loaded.counts.liked, loaded.counts.disliked) == (3, 2)
+    assert path.stat().st_size < 20_000
+    options = {"user_scale": 0.8, "num_images": 2, "num_steps": 3}
+    drawn = pipeline.generate("a red fox", profile=profile, **options)
+    assert len(drawn) == 2
+    assert same(drawn, pipeline.generate("a red fox", profile=loaded, **options))
+
+
+def test_scale_0_is_the_stock_pipeline_bit_for_bit_before_and_after_scale_1(pipeline, profile, folder):
+    from diffusers import StableDiffusionPipeline
+
+    options = {"profile": profile, "num_images": 2, "num_steps": 3, "seed": 5}
+    before = pipeline.generate("a red fox", user_scale=0.0, **options)
+    with_user = pipeline.generate("a red fox", user_scale=1.0, **options)
+    after = pipeline.generate("a red fox", user_scale=0.0, **options)
+    stock = StableDiffusionPipeline.from_pretrained(
+        folder / "pipeline", safety_checker=None, low_cpu_mem_usage=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    base = stock(
+        ["a red fox"] * 2,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+    ).images
+    assert same(before, base)
+    assert same(after, base)
+    assert not same(with_user, base)
+
+
+def test_same_seed_same_image_and_image_i_is_seed_plus_i(pipeline, profile):
+    draw = {"profile": profile, "num_steps": 3, "batch_size": 1}
+    first = pipeline.generate("a boat", num_images=2, seed=7, **draw)
+    assert same(first, pipeline.generate("a boat", num_images=2, seed=7, **draw))
+    assert same(first[1:], pipeline.generate("a boat", num_images=1, seed=8, **draw))
+    assert not same(first[:1], first[1:])
+
+
+def test_who_it_is_for_matters(pipeline, profile):
+    other = pipeline.build_profile(DISLIKED, disliked=LIKED)
+    options = {"num_images": 1, "num_steps": 3, "user_scale": 1.0}
+    assert not same(
+        pipeline.generate("a boat", profile=profile, **options),
+        pipeline.generate("a boat", profile=other, **options),
+    )
+
+
+def test_one_liked_image_is_enough(pipeline):
+    lone = pipeline.build_profile(LIKED[:1])
+    assert (lone.counts.liked, lone.counts.disliked, lone.counts.draws) == (1, 0, 1)
+    assert not lone.image_negative.any()
+    assert torch.equal(lone.image_embeds, lone.image_mean)
+    assert not torch.equal(lone.sem_embeds, lone.sem_negative)
+    assert len(pipeline.generate("a boat", profile=lone, num_steps=2)) == 1
+
+
+def test_negative_twin_is_the_profile_of_the_sides_swapped(pipeline, profile):
+    swapped = pipeline.build_profile(DISLIKED, disliked=LIKED)
+    # The draws are the same sets of all images in other orders, so equal up to what order does.
+    near = torch.cosine_similarity(profile.core_negative, swapped.core_embeds, dim=0)
+    far = torch.cosine_similarity(profile.core_negative, profile.core_embeds, dim=0)
+    assert near > far
+    assert torch.equal(profile.image_negative, swapped.image_embeds)
+
+
+def test_anchor_is_a_real_image_nearest_to_the_mean(pipeline, profile):
+    rows = pipeline.taste.image_encoder.embed(LIKED)
+    distances = (rows - rows.mean(dim=0)).norm(dim=1)
+    torch.testing.assert_close(profile.image_embeds, rows[int(distances.argmin())])
+    torch.testing.assert_close(profile.image_mean, rows.mean(dim=0))
+
+
+def test_building_is_a_pure_function_of_its_seed(pipeline, profile):
+    again = pipeline.build_profile(LIKED, disliked=DISLIKED)
+    other = pipeline.build_profile(LIKED, disliked=DISLIKED, seed=1)
+    assert torch.equal(again.sem_embeds, profile.sem_embeds)
+    assert not torch.equal(other.sem_embeds, profile.sem_embeds)
+
+
+def test_many_images_are_spread_over_draws_of_bounded_size(pipeline):
+    many = pipeline.taste.build_profile(pictures(7, seed=3), num_draws=3, max_references=2)
+    assert (many.counts.liked, many.counts.draws) == (7, 3)
+
+
+def test_words_only_if_asked(pipeline, profile):
+    assert profile.user_id is profile.likes is profile.dislikes is None
+    told = pipeline.build_profile(LIKED, disliked=DISLIKED, words=True, user_id="ann")
+    assert told.user_id == "ann"
+    assert isinstance(told.likes, str)
+    assert isinstance(told.dislikes, str)
+
+
+def test_no_liked_image_and_bad_counts_are_refused(pipeline, profile):
+    with pytest.raises(DataError, match="at least one liked image, got 0"):
+        pipeline.build_profile([], disliked=DISLIKED)
+    with pytest.raises(DataError, match="num_images must be at least 1, got 0"):
+        pipeline.generate("a boat", profile=profile, num_images=0)
+    with pytest.raises(DataError, match="user_scale must be finite"):
+        pipeline.generate("a boat", profile=profile, user_scale=math.nan, num_steps=2)
+
+
+def test_each_side_loads_only_what_it_needs(folder, profile):
+    fresh = load(folder)
+    fresh.generate("a boat", profile=profile, num_steps=2)
+    assert "taste" not in vars(fresh)
+    fresh = load(folder)
+    fresh.build_profile(LIKED[:1])
+    assert "painter" not in vars(fresh)
+
+
+def test_a_profile_of_another_lineage_is_refused(tmp_path, profile):
+    other = load(save_tiny_artefacts(tmp_path / "other", seed=9))
+    with pytest.raises(CheckpointError, match="made by another mllm .* build the profile again"):
+        other.generate("a boat", profile=profile, num_steps=2)
+
+
+def test_parts_that_do_not_belong_together_are_refused(folder, tmp_path, profile):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    other = save_tiny_artefacts(tmp_path / "other", seed=9)
+    shutil.copy(other / "projector.safetensors", copy / "projector.safetensors")
+    with pytest.raises(CheckpointError, match="trained with another projector than"):
+        load(copy).generate("a boat", profile=profile)
+    mixed = PrefGenPipeline.load(folder, pipeline=other / "pipeline", mllm=str(folder / "mllm"))
+    with pytest.raises(CheckpointError, match="trained with another unet than"):
+        mixed.generate("a boat", profile=profile)
+
+
+def test_missing_artefacts_are_named_with_the_command_that_makes_them(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="no artefacts at .*nowhere"):
+        PrefGenPipeline.load(tmp_path / "nowhere")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "user_adapter.safetensors").unlink()
+    shutil.rmtree(copy / "lora")
+    pipeline = load(copy)
+    with pytest.raises(CheckpointError, match="no lora at .*fit --stage vqa"):
+        pipeline.build_profile(LIKED)
+    with pytest.raises(CheckpointError, match="no user adapter at .*fit --stage inject"):
+        pipeline.generate("a boat", profile=None)
+
+
+def test_a_work_folder_of_the_four_stages_is_found_too(folder, tmp_path):
+    work = tmp_path / "work"
+    for stage, name in (
+        ("probe", "probe.json"),
+        ("align", "projector.safetensors"),
+        ("inject", "user_adapter.safetensors"),
+    ):
+        (work / stage).mkdir(parents=True)
+        shutil.copy(folder / name, work / stage / name)
+    shutil.copytree(folder / "lora", work / "vqa" / "lora")
+    found = Artefacts.find(work, pipeline=folder / "pipeline", mllm=str(folder / "mllm"))
+    found.require("lora", "probe", "projector", "user_adapter", "pipeline")
+
+
+def test_a_probe_of_a_deeper_mllm_is_refused(folder, tmp_path):
+    record = json.loads((folder / "probe.json").read_text())
+    record["choice"]["sem"]["layers"] = [2, 3, 4, 9]
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="reads layer 9, but the MLLM at .* has 4"):
+        TasteModels.load(
+            mllm=str(folder / "mllm"),
+            lora=None,
+            probe=probe,
+            image_encoder=folder / "pipeline" / "image_encoder",
+        )
+
+
+def test_images_of_a_folder_in_the_order_of_their_names(tmp_path):
+    for name, picture in zip(("b.png", "a.png"), LIKED, strict=False):
+        picture.save(tmp_path / name)
+    (tmp_path / ".DS_Store").write_text("x")
+    assert same(read_images(tmp_path), [LIKED[1], LIKED[0]])
+    assert same(read_images(tmp_path / "b.png"), [LIKED[0]])
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no folder or image at"):
+        read_images(tmp_path / "absent")
+    with pytest.raises(DataError, match="is empty; put at least one image"):
+        read_images(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"notes\.txt: image of 5 bytes cannot be decoded"):
+        read_images(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "more").mkdir()
+    with pytest.raises(DataError, match="more is a folder; images have to lie directly in"):
+        read_images(tmp_path)
