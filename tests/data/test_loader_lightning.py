@@ -100,8 +100,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("case", CASES)
+RUNS = [(case, 0) for case in CASES] + [("middle", 2), ("boundary-val", 2), ("accumulate", 2)]
+
+
+@pytest.mark.parametrize(("case", "num_workers"), RUNS)
 def test_six_steps_equal_three_and_three(tmp_path, case, num_workers):
     size, options = CASES[case]
     straight, _ = fit(tmp_path / "killed.ckpt", size=size, num_workers=num_workers, **options)

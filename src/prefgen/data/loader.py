@@ -11,42 +11,30 @@ iterator goes on.
 
 from __future__ import annotations
 
-import logging
-import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from prefgen.data.order import epoch_order, fingerprint, rank_share
 from prefgen.data.reader import OnBad, SkipCounter
+from prefgen.data.workers import (
+    BatchPlan,
+    Collate,
+    ExampleDataset,
+    Examples,
+    Packet,
+    start_worker,
+    stop_workers,
+)
 from prefgen.errors import CheckpointError, DataError
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 B = TypeVar("B")
 
 STATE_VERSION = 1
-WORKER_GRACE_SECONDS = 30
-"""How long a worker outlives SIGTERM, so that the trainer can finish its step and write a checkpoint."""
-
-
-class ExampleDataset(Protocol[T_co]):
-    """What the loader reads. ``example`` is a pure function of its arguments: randomness through ``rng_for``.
-
-    A data set read in windows also has ``shard_sizes``: samples in each shard, in order.
-    """
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def example(self, index: int, *, epoch: int) -> T_co | None:
-        """One example; ``None`` for a sample the reader has skipped (and counted)."""
 
 
 class ResumableLoader(Generic[T, B]):
@@ -115,13 +103,13 @@ class ResumableLoader(Generic[T, B]):
         self._skips = SkipCounter()
         self._moves = 0
         self._check(name)
-        self._plan = _Plan()
+        self._plan = BatchPlan()
         self._loader: DataLoader[Any] = DataLoader(
-            _Examples(dataset, on_bad=on_bad),
+            Examples(dataset, on_bad=on_bad),
             batch_sampler=self._plan,
             num_workers=num_workers,
-            collate_fn=_Collate(collate_fn),
-            worker_init_fn=_start_worker if num_workers else None,
+            collate_fn=Collate(collate_fn),
+            worker_init_fn=start_worker if num_workers else None,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
@@ -129,7 +117,7 @@ class ResumableLoader(Generic[T, B]):
             # often the loader was started, and a resumed run would differ.
             generator=torch.Generator().manual_seed(seed),
         )
-        self._stop = weakref.finalize(self, _stop_workers, self._loader)
+        self._stop = weakref.finalize(self, stop_workers, self._loader)
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
@@ -188,7 +176,7 @@ class ResumableLoader(Generic[T, B]):
 
     def close(self) -> None:
         """Stop the worker processes; iterating again starts new ones."""
-        _stop_workers(self._loader)
+        stop_workers(self._loader)
         self._moves += 1
 
     def _identity(self) -> dict[str, int | str]:
@@ -240,7 +228,7 @@ class ResumableLoader(Generic[T, B]):
         if self._window_shards is not None and sum(getattr(self.dataset, "shard_sizes", ())) != have:
             raise DataError("window_shards needs a data set whose shard_sizes sum to its length")
 
-    def _start(self) -> Iterator[_Packet[B]]:
+    def _start(self) -> Iterator[Packet[B]]:
         """Iterator over the rest of the current epoch, from the current position."""
         order = epoch_order(
             len(self.dataset),
@@ -257,7 +245,7 @@ class ResumableLoader(Generic[T, B]):
         self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
         return iter(self._loader)
 
-    def _hand_over(self, packet: _Packet[B]) -> B:
+    def _hand_over(self, packet: Packet[B]) -> B:
         if packet.failure is not None:
             raise DataError(packet.failure)
         for reason in packet.skipped:
@@ -278,7 +266,7 @@ class _Batches(Generic[T, B]):
     def __init__(self, loader: ResumableLoader[T, B]) -> None:
         self._owner = loader
         self._moves = -1
-        self._source: Iterator[_Packet[B]] = iter(())
+        self._source: Iterator[Packet[B]] = iter(())
 
     def __iter__(self) -> _Batches[T, B]:
         return self
@@ -294,95 +282,3 @@ class _Batches(Generic[T, B]):
             self._source = owner._start()
             self._moves = owner._moves
         return owner._hand_over(next(self._source))
-
-
-class _Plan(Sampler[list[tuple[int, int]]]):
-    """The batches to prepare next, as (position, epoch) pairs: workers need no state of their own."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.batches: Sequence[Sequence[int]] = ()
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches:
-            yield [(position, self.epoch) for position in batch]
-
-
-@dataclass(frozen=True)
-class _Bad:
-    """Stands for an example that could not be made."""
-
-    reason: str
-    skip: bool
-
-
-@dataclass(frozen=True)
-class _Packet(Generic[B]):
-    """What travels from a worker: a batch, what was left out of it, and the error to raise, as text.
-
-    An exception itself would arrive with the worker's whole traceback inside its message.
-    """
-
-    batch: B | None
-    skipped: tuple[str, ...] = ()
-    failure: str | None = None
-
-
-class _Examples(Dataset[object]):
-    """Adapts ``example(index, epoch=)`` to torch's ``[]`` and turns bad samples into marks."""
-
-    def __init__(self, dataset: ExampleDataset[Any], *, on_bad: OnBad) -> None:
-        self._dataset = dataset
-        self._on_bad = on_bad
-
-    def __getitem__(self, where: tuple[int, int]) -> object:
-        index, epoch = where
-        try:
-            example = self._dataset.example(index, epoch=epoch)
-        except DataError as error:
-            return _Bad(str(error), skip=self._on_bad == "skip")
-        return _Bad(f"sample {index}, by its reader", skip=True) if example is None else example
-
-
-class _Collate(Generic[T, B]):
-    """Collates the good examples and carries the reasons of bad ones to the main process."""
-
-    def __init__(self, collate_fn: Callable[[list[T]], B]) -> None:
-        self._collate_fn = collate_fn
-
-    def __call__(self, examples: list[Any]) -> _Packet[B]:
-        bad = [example for example in examples if isinstance(example, _Bad)]
-        failure = next((mark.reason for mark in bad if not mark.skip), None)
-        if failure is not None:
-            return _Packet(None, failure=failure)
-        good = [example for example in examples if not isinstance(example, _Bad)]
-        try:
-            batch = self._collate_fn(good) if good else None
-        except DataError as error:
-            return _Packet(None, failure=str(error))
-        return _Packet(batch, skipped=tuple(mark.reason for mark in bad))
-
-
-def _start_worker(worker: int) -> None:
-    """One thread; and no dying at the signals that are meant for the trainer.
-
-    Slurm and Ctrl-C signal the whole group: workers that die first turn a clean stop into a crash.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, _postpone)
-
-
-def _postpone(signum: int, frame: object) -> None:
-    signal.alarm(WORKER_GRACE_SECONDS)
-
-
-def _stop_workers(loader: DataLoader[Any]) -> None:
-    iterator = loader._iterator
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-    loader._iterator = None

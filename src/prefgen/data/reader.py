@@ -129,20 +129,19 @@ class ShardReader:
             DataError: bad sample and ``on_bad="raise"``; names shard, key and member.
             IndexError: position out of range.
         """
-        shard, group = self._groups[position]
         try:
-            return self._read_user(shard, group=group)
+            return self.read(position)
         except DataError as error:
             if self._on_bad == "raise":
                 raise
             self._skips.add(error)
             return None
 
-    def _read_user(self, shard: ShardEntry, *, group: tuple[SampleEntry, ...]) -> UserSample:
+    def read(self, position: int) -> UserSample:
+        """The user at a position; a bad sample always raises DataError."""
+        shard, group = self._groups[position]
         parts = [self._read_part(shard, entry=entry) for entry in group]
         first = parts[0]
-        if len(parts) == 1:
-            return first
         history = replace(
             first.history,
             liked=tuple(image for part in parts for image in part.history.liked),
@@ -155,7 +154,7 @@ class ShardReader:
             disliked=tuple(data for part in parts for data in part.disliked),
         )
         for side in ("liked", "disliked"):
-            _check_positions(history.side(side), side=side, start=0, where=sample.where)
+            _check_positions(history.side(side), side=side, where=sample.where)
         return sample
 
     def _read_part(self, shard: ShardEntry, *, entry: SampleEntry) -> UserSample:
@@ -201,8 +200,8 @@ def _take(images: tuple[RatedImage, ...], *, members: dict[str, bytes], where: s
     return tuple(found)
 
 
-def _check_positions(images: tuple[RatedImage, ...], *, side: Side, start: int, where: str) -> None:
+def _check_positions(images: tuple[RatedImage, ...], *, side: Side, where: str) -> None:
     """Member names number a user's images through all parts; a gap means that a part is lost."""
-    for position, image in enumerate(images, start=start):
+    for position, image in enumerate(images):
         if not image.image.startswith(f"{side}.{position:03d}."):
             raise DataError(f"{where}: expected {side} image {position}, found member {image.image!r}")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from prefgen.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode_image, encode_webp, sniff
-from prefgen.data.index import ShardIndex, parse_json
+from prefgen.data.index import ShardIndex, local_path, parse_json
 from prefgen.data.reader import MAX_JSON_BYTES, OnBad
 from prefgen.data.tarstore import ShardFolder
 from prefgen.errors import DataError
@@ -49,15 +49,24 @@ class BuildLimits:
     max_side: int = 0
 
 
+def count_histories(path: Path | str) -> int:
+    """Lines of a history file that hold a user, without parsing them: for progress bars.
+
+    Raises:
+        DataError: missing file.
+    """
+    file = _history_file(path)
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
 def read_histories(path: Path | str) -> Iterator[UserHistory]:
     """Read ``history.jsonl`` line by line.
 
     Raises:
         DataError: missing file, a line over 16 MiB, bad json or a bad history; names file and line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"no history file at {file}; pass --history FILE (one user a line, json)")
+    file = _history_file(path)
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_JSON_BYTES + 1):
@@ -68,6 +77,13 @@ def read_histories(path: Path | str) -> Iterator[UserHistory]:
             if line.strip():
                 record = parse_json(line, where=where, max_bytes=MAX_JSON_BYTES)
                 yield UserHistory.from_json(record, where=where)
+
+
+def _history_file(path: Path | str) -> Path:
+    file = local_path(path)
+    if not file.is_file():
+        raise DataError(f"no history file at {file}; pass --history FILE (one user a line, json)")
+    return file
 
 
 def assign_split(user_id: str, *, fractions: tuple[float, float, float] = DEFAULT_FRACTIONS) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -143,7 +144,12 @@ class _OpenShard:
         return ShardEntry(self.path.name, digest, self._hashed.size, tuple(self._samples))
 
     def discard(self) -> None:
-        self._file.close()
+        # The tar first: it would write its end into a closed file when collected. A full disk must not hide
+        # the error that brought us here.
+        with contextlib.suppress(OSError):
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self.temporary.unlink(missing_ok=True)
 
 

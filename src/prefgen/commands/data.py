@@ -1,0 +1,193 @@
+"""``prefgen data``: from histories to shards, and what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefgen.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from prefgen.data.verify import SplitSummary, Summary
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``data`` and its actions."""
+    text = "make, pack, look at and check histories"
+    parser = subparsers.add_parser("data", help=text, description=text.capitalize() + ".")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_build(actions)
+    _add_inspect(actions)
+    _add_verify(actions)
+
+
+def _add_build(actions: Any) -> None:
+    text = "pack histories and their images into shards"
+    parser = actions.add_parser("build", help=text, description=text.capitalize() + ".")
+    parser.add_argument("--history", type=Path, required=True, help="history.jsonl; images relative to it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards and index.json")
+    parser.add_argument("--users-per-shard", type=int, default=64, help="users in one tar file (64)")
+    parser.add_argument(
+        "--max-images-per-sample", type=int, default=64, help="a user with more becomes several samples (64)"
+    )
+    parser.add_argument(
+        "--fractions",
+        default="0.9,0.05,0.05",
+        help="train,validation,test of users whose line names none",
+    )
+    parser.add_argument("--max-side", type=int, default=0, help="shrink larger images; 0 keeps all sizes (0)")
+    parser.add_argument(
+        "--on-bad",
+        choices=("raise", "skip"),
+        default="raise",
+        help="stop at the first bad image, or leave bad images out and count them (raise)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards already in --out")
+    parser.set_defaults(run=run_build)
+
+
+def _add_inspect(actions: Any) -> None:
+    text = "show what a folder of shards holds"
+    parser = actions.add_parser("inspect", help=text, description=text.capitalize() + ".")
+    parser.add_argument("path", type=Path, help="folder of shards")
+    parser.set_defaults(run=run_inspect)
+
+
+def _add_verify(actions: Any) -> None:
+    text = "read every byte of a folder of shards and list what is wrong"
+    parser = actions.add_parser("verify", help=text, description=text.capitalize() + ". Repairs nothing.")
+    parser.add_argument("path", type=Path, help="folder of shards")
+    parser.add_argument("--workers", type=int, default=None, help="processes (one per core)")
+    parser.set_defaults(run=run_verify)
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """``prefgen data build``."""
+    from tqdm import tqdm
+
+    from prefgen.data.shards import BuildLimits, count_histories, read_histories, write_shards
+
+    fractions = _fractions(args.fractions)
+    total = count_histories(args.history)
+    with tqdm(total=total, unit="user", desc="build", dynamic_ncols=True, delay=0.3) as bar:
+
+        def show(*, users: int, images: int) -> None:
+            bar.set_postfix(images=images, refresh=False)
+            bar.update(users - bar.n)
+
+        index = write_shards(
+            read_histories(args.history),
+            root=args.history.parent,
+            out=args.out,
+            users_per_shard=args.users_per_shard,
+            max_images_per_sample=args.max_images_per_sample,
+            fractions=fractions,
+            on_bad=args.on_bad,
+            limits=BuildLimits(max_side=args.max_side),
+            overwrite=args.overwrite,
+            progress=show,
+        )
+    for split in index.splits:
+        counts = index.counts(split)
+        print(
+            f"{split}: {counts.users:,} users, {counts.liked:,} liked, {counts.disliked:,} disliked images, "
+            f"{counts.bytes / 1e6:,.1f} MB"
+        )
+    for reason, count in sorted(index.dropped.items()):
+        print(f"left out: {count:,} x {reason}")
+    print(f"shards are in {args.out}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """``prefgen data inspect``."""
+    from prefgen.data.verify import inspect
+
+    print(format_summary(inspect(args.path)))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """``prefgen data verify``.
+
+    Raises:
+        DataError: something is wrong; the list is printed before.
+    """
+    from tqdm import tqdm
+
+    from prefgen.data.index import read_index
+    from prefgen.data.verify import verify
+
+    if args.workers is not None and args.workers < 0:
+        raise ConfigError(f"--workers must be 0 or more, got {args.workers}")
+    index = read_index(args.path)
+    total = sum(shard.size for shards in index.splits.values() for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", dynamic_ncols=True, delay=0.3) as bar:
+
+        def show(*, shards: int, bytes: int) -> None:
+            bar.set_postfix(shards=shards, refresh=False)
+            bar.update(bytes - bar.n)
+
+        report = verify(args.path, num_workers=args.workers, progress=show)
+    for problem in report.problems:
+        print(problem)
+    print(
+        f"read {report.shards:,} shards, {report.users:,} users, {report.images:,} images, "
+        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    )
+    if report.problems:
+        raise DataError(
+            f"{args.path}: {len(report.problems):,} problem(s), listed above; build or copy it again"
+        )
+    print(f"{args.path}: all well")
+    return 0
+
+
+def format_summary(summary: Summary) -> str:
+    """The table of ``prefgen data inspect``."""
+    lines = [
+        f"{summary.path}: {summary.kind}, schema version {summary.schema_version}",
+        "",
+        f"{'split':<12}{'users':>9}{'samples':>9}{'liked':>10}{'disliked':>10}{'shards':>8}{'MB':>10}",
+    ]
+    for split, found in summary.splits.items():
+        counts = found.counts
+        lines.append(
+            f"{split:<12}{counts.users:>9,}{found.samples:>9,}{counts.liked:>10,}{counts.disliked:>10,}"
+            f"{found.shards:>8,}{counts.bytes / 1e6:>10,.1f}"
+        )
+    if summary.kind == "histories":
+        for split, found in summary.splits.items():
+            lines += ["", f"images per user, {split}:", *_histogram(found)]
+    if summary.header:
+        lines += ["", "made by: " + json.dumps(dict(summary.header), indent=2, ensure_ascii=False)]
+    if summary.dropped:
+        lines += ["", "left out when built:"]
+        lines += [f"  {count:,} x {reason}" for reason, count in sorted(summary.dropped.items())]
+    return "\n".join(lines)
+
+
+def _histogram(found: SplitSummary, *, num_bins: int = 8) -> list[str]:
+    """Users by number of liked and of disliked images, in at most ``num_bins`` rows."""
+    sides = (found.liked_histogram, found.disliked_histogram)
+    low = min(min(side) for side in sides)
+    high = max(max(side) for side in sides)
+    width = -(-(high - low + 1) // num_bins)
+    rows = [f"  {'images':>9}{'liked':>9}{'disliked':>10}"]
+    for start in range(low, high + 1, width):
+        stop = min(start + width - 1, high)
+        name = str(start) if start == stop else f"{start}-{stop}"
+        users = [sum(count for n, count in side.items() if start <= n <= stop) for side in sides]
+        if any(users):
+            rows.append(f"  {name:>9}{users[0]:>9,}{users[1]:>10,}")
+    return rows
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--fractions: expected three numbers like 0.9,0.05,0.05, got '{text}'") from None
+    return train, validation, test
