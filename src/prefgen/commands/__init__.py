@@ -6,7 +6,10 @@ stdout with ``print``; a user's mistake is raised as a PrefgenError.
 """
 
 COMMANDS = (
+    "prefgen.commands.data",
     "prefgen.commands.fit",
+    "prefgen.commands.profile",
+    "prefgen.commands.generate",
     "prefgen.commands.config",
     "prefgen.commands.doctor",
 )
