@@ -69,8 +69,9 @@ ALLOWED = {
     "evaluate": {*BASIC, "evaluate", "mmd"},
     "checkpoint": {*BASIC, "checkpoint"},
     "base": {*CONFIG, *PACKAGES, "checkpoint", "base"},
-    "profile": {*BASIC, *PACKAGES, "checkpoint", "profile", "pipeline"},
-    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "pipeline"},
+    "profile": {*BASIC, *PACKAGES, "checkpoint", "profile"},
+    "taste": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste"},
+    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste", "pipeline"},
 }
 
 
@@ -87,7 +88,8 @@ def test_import_direction(name):
     for target in imports(SOURCES[name]):
         if not target.startswith("prefgen"):
             continue
-        inside = next(t for t in (target, target.rpartition(".")[0]) if t in SOURCES)
+        inside = next((t for t in (target, target.rpartition(".")[0]) if t in SOURCES), None)
+        assert inside, f"{name} imports {target}, which does not exist"
         assert area(inside) != "testing" or area(name) == "testing", f"{name} imports {inside}"
         if rule is not None:
             assert area(inside) in rule, f"{name} ({area(name)}) may not import {inside} ({area(inside)})"

@@ -254,16 +254,17 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(tmp_path, *, nap, steps):
+def start(tmp_path, *more, nap, steps):
     (tmp_path / "shards").mkdir(exist_ok=True)
     (tmp_path / "shards" / "index.json").write_text("{}")
     (tmp_path / "empty.yaml").write_text("")
     words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
-    words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1"]
-    script = SCRIPT.format(tests=str(Path(__file__).parent), nap=nap)
+    words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1", *more]
+    script = tmp_path / "toy_command.py"  # a file, since Lightning starts further ranks by it
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), nap=nap))
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     return subprocess.Popen(
-        [sys.executable, "-c", script, *words],
+        [sys.executable, str(script), *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
@@ -301,6 +302,41 @@ def test_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     assert "artefact: " in out
     assert "checkpoint: " in out
     assert "log: " in out
+
+
+def children_of(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_signal_to_the_second_rank_alone_stops_both(tmp_path):
+    """Lightning hears signals on rank 0 only: a node that is shut down may be another one."""
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1")
+    process = start(tmp_path, *two, nap=0.2, steps=500)
+    try:
+        wait_for_step(tmp_path, process, step=2)
+        (second,) = children_of(process.pid)
+        os.kill(second, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
+    again = start(tmp_path, *two, nap=0, steps=int(last.stem[5:]) + 1)
+    _, err = again.communicate(timeout=90)
+    assert again.returncode == 0, err
+    assert f"going on from {last}" in err
 
 
 def test_stop_is_an_error_of_ours(tmp_path):

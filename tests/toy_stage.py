@@ -53,6 +53,8 @@ class ToyData(LightningDataModule):
             drop_last=shuffle,
             num_workers=self.config.loader.num_workers,
             collate_fn=collate,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
         )
 
 
