@@ -142,7 +142,7 @@ def test_python_dash_m():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("fti",), "unknown command 'fti'; commands: fit"),
+        (("fti",), "unknown command 'fti'; commands: data, fit,"),
         (("fit",), "the following arguments are required: --stage"),
         (("fit", "--stage"), "argument --stage: expected one argument"),
         (
