@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,7 +35,8 @@ def add_lora(
     pattern = rf".*text_model\.layers\.\d+\..*\.({'|'.join(targets)})"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     try:
-        return get_peft_model(mllm.model, config)
+        with _own_warnings_only():
+            return get_peft_model(mllm.model, config)
     except ValueError as error:
         raise CheckpointError(f"no layer of the language model is called {', '.join(targets)}") from error
 
@@ -47,7 +50,8 @@ def load_lora(mllm: MLLM, *, path: str | Path) -> PeftModel:
     if not (Path(path) / WEIGHTS_NAME).is_file():
         raise CheckpointError(f"no LoRA at {path}: expected {WEIGHTS_NAME} and adapter_config.json in it")
     try:
-        return PeftModel.from_pretrained(mllm.model, path, is_trainable=False).eval()
+        with _own_warnings_only():
+            return PeftModel.from_pretrained(mllm.model, path, is_trainable=False).eval()
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"the LoRA at {path} does not fit this model: {reason}") from error
@@ -60,3 +64,11 @@ def save_lora(model: PeftModel, *, path: Path) -> Path:
     readme = path / "README.md"
     readme.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def _own_warnings_only() -> Iterator[None]:
+    """Without the warning that peft 0.21 raises by asking transformers 5 for a property of its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield

@@ -61,6 +61,7 @@ def load_features(
     split: Split,
     mllm_hash: str,
     cache: Path | None,
+    in_bf16: bool = False,
     max_users: int = 0,
     device: torch.device | str = "cpu",
 ) -> SplitFeatures:
@@ -72,6 +73,7 @@ def load_features(
         split: which users.
         mllm_hash: names the model in the cache.
         cache: folder of the cache; None keeps nothing on disk.
+        in_bf16: encode in bf16, several times faster than in float32.
         max_users: only the first so many users; 0 takes all.
         device: where to encode.
 
@@ -80,7 +82,12 @@ def load_features(
     """
     reader = ShardReader(shards, split=split)
     count = min(len(reader), max_users) if max_users else len(reader)
-    made_from = {"mllm": mllm_hash, "shards": hash_file(shards / INDEX_NAME), "users": str(count)}
+    made_from = {
+        "mllm": mllm_hash,
+        "shards": hash_file(shards / INDEX_NAME),
+        "users": str(count),
+        "encoded_in": "bf16" if in_bf16 else "float32",
+    }
     name = f"{split}.safetensors" if count == len(reader) else f"{split}-{count}.safetensors"
     path = cache / name if cache is not None else None
     users = tuple(read_users(reader, count=count))
@@ -88,7 +95,7 @@ def load_features(
     features = _read(path, made_from=made_from)
     if features is None or len(features) != rows:
         mllm.model.to(device)
-        features = _encode(mllm, reader=reader, users=users)
+        features = _encode(mllm, reader=reader, users=users, in_bf16=in_bf16)
         if path is not None:
             _write(path, features=features, made_from=made_from)
     return SplitFeatures(users=users, features=features)
@@ -110,7 +117,7 @@ def _sample(reader: ShardReader, position: int) -> UserSample:
 
 
 @torch.no_grad()
-def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows]) -> Tensor:
+def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows], in_bf16: bool) -> Tensor:
     total = sum(user.num_images for user in users)
     images = (image for position in range(len(users)) for image in user_images(_sample(reader, position)))
     label = f"encoding images ({reader.split})"
@@ -119,8 +126,7 @@ def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows]) -> Te
     done = 0
     with tqdm(total=total, desc=label, unit="image", disable=total < CHUNK) as bar:
         while chunk := list(islice(images, CHUNK)):
-            # Convolutions and matmuls in bf16 are several times faster, and the cache has half precision.
-            with torch.autocast(mllm.device.type, dtype=torch.bfloat16):
+            with torch.autocast(mllm.device.type, dtype=torch.bfloat16, enabled=in_bf16):
                 encoded = mllm.encode_images(chunk)
             features[done : done + len(chunk)] = encoded.to(device="cpu", dtype=torch.float16)
             done += len(chunk)

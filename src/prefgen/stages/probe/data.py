@@ -157,5 +157,6 @@ def load_split(config: ProbeConfig, *, mllm: MLLM, split: Split, device: torch.d
         split=split,
         mllm_hash=model_hash(config.model.mllm),
         cache=Path(data.feature_cache) if data.feature_cache else None,
+        in_bf16=config.trainer.precision.startswith("bf16"),
         device=device,
     )

@@ -183,6 +183,7 @@ class VQAData(LightningDataModule):
             split=split,
             mllm_hash=model_hash(self.config.model.mllm),
             cache=Path(data.feature_cache) if data.feature_cache else None,
+            in_bf16=self.config.trainer.precision.startswith("bf16"),
             max_users=max_users,
             device=self.trainer.strategy.root_device if self.trainer is not None else "cpu",
         )

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from prefgen.data.reader import ShardReader
+from prefgen.stages.features import read_users
+from prefgen.stages.probe.draws import inter_samples, intra_samples, shuffled
+from prefgen.stages.probe.embed import draw_of
+
+
+@pytest.fixture(scope="module")
+def users(inputs):
+    reader = ShardReader(inputs / "shards", split="train")
+    return tuple(read_users(reader, count=len(reader)))
+
+
+def images_of(item):
+    return {piece for piece in item.history if isinstance(piece, int)}
+
+
+def test_train_and_test_draws_share_no_image(users):
+    """Over all draws of a user, not only draw by draw."""
+    options = {"num_references": 5, "seed": 0}
+    train = inter_samples(users, part="train", num_draws=10, **options)
+    test = inter_samples(users, part="test", num_draws=7, **options)
+    for number in range(len(users)):
+        seen = [
+            set().union(*(images_of(samples.items[i]) for i in (samples.labels == number).nonzero()[:, 0]))
+            for samples in (train, test)
+        ]
+        assert seen[0]
+        assert seen[1]
+        assert not seen[0] & seen[1]
+        own = users[number]
+        assert max(*seen[0], *seen[1]) < own.first_row + own.num_images
+        assert min(*seen[0], *seen[1]) >= own.first_row
+
+
+def test_every_class_has_as_many_samples(users):
+    samples = inter_samples(users, part="test", num_draws=4, num_references=2, seed=1)
+    assert samples.num_classes == len(users)
+    assert torch.equal(samples.labels.bincount(), torch.full((len(users),), 4))
+
+
+def test_intra_targets_are_no_references_and_labels_are_true(users):
+    samples = intra_samples(users, num_references=4, num_queries=6, seed=0)
+    labels = iter(samples.labels.tolist())
+    for user, item in zip(users, samples.items, strict=True):
+        for question in item.questions:
+            (row,) = [piece for piece in question.pieces if isinstance(piece, int)]
+            assert row not in images_of(item)
+            assert question.answer is None
+            liked = row - user.first_row < len(user.history.liked)
+            assert next(labels) == int(liked)
+    assert samples.labels.float().mean() == 0.5
+
+
+def test_control_keeps_the_labels_and_loses_the_samples():
+    labels = torch.arange(10).repeat(20)
+    control = shuffled(labels, num_cells=6, seed=0)
+    for cell in range(6):
+        assert torch.equal(control[:, cell].bincount(), labels.bincount())
+        assert (control[:, cell] == labels).float().mean() < 0.25
+    assert not torch.equal(control[:, 0], control[:, 1])
+
+
+def test_a_draw_leaves_targets(users):
+    history = users[0].history
+    draw = draw_of(history, draw=0, num_references=100, seed=0)
+    assert len(draw.liked) == 6
+    assert len(draw.disliked) == 6
+    assert draw == draw_of(history, draw=0, num_references=100, seed=0)
+    assert draw != draw_of(history, draw=1, num_references=100, seed=0)

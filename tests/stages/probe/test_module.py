@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+
+from prefgen.data.embeddings import EmbeddingReader
+from prefgen.data.reader import ShardReader
+from prefgen.errors import CheckpointError, ConfigError
+from prefgen.models.image_encoder import ImageEncoder
+from prefgen.models.lora import load_lora
+from prefgen.models.mllm import MLLM
+from prefgen.models.pooling import POOLINGS
+from prefgen.models.probes import read_choice
+from prefgen.models.representation import embed_history, like_probability, list_attributes
+from prefgen.run import fit, use
+from prefgen.run_noise import quiet_lightning
+from prefgen.stages.features import user_images
+from prefgen.stages.probe.data import ProbeData
+from prefgen.stages.probe.module import ProbeModule
+from prefgen.testing.resume import assert_resume_is_exact
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "probe.json"
+
+
+class _Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.values.append(float(loss.detach()))
+
+
+def train(config, *callbacks):
+    with quiet_lightning():
+        return fit(
+            config,
+            make_module=lambda: ProbeModule(config),
+            make_data=lambda: ProbeData(config),
+            extra_callbacks=callbacks,
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(probe_config, tmp_path_factory):
+    """A trained run that has also written embeddings."""
+    run_dir = tmp_path_factory.mktemp("probe") / "run"
+    config = probe_config(run_dir, "trainer.max_steps=60", "optim.learning_rate=1e-2")
+    train(config)
+    with quiet_lightning():
+        use(config, verb="predict", module=ProbeModule(config), data=ProbeData(config))
+    return config, run_dir
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_three_and_three_steps_are_six(probe_config, tmp_path, num_workers):
+    assert_resume_is_exact(
+        probe_config(tmp_path / "unused"),
+        make_module=ProbeModule,
+        make_data=ProbeData,
+        tmp_path=tmp_path,
+        num_workers=num_workers,
+    )
+
+
+def test_five_losses(probe_config, tmp_path):
+    losses = _Losses()
+    train(probe_config(tmp_path / "run", "trainer.max_steps=5", "optim.learning_rate=1e-2"), losses)
+    assert losses.values == pytest.approx(json.loads(GOLDEN.read_text())["losses"], rel=1e-4)
+
+
+def test_report_names_each_cell_the_choice_and_its_rule(finished):
+    _, run_dir = finished
+    report = json.loads((run_dir / "probe.json").read_text())
+    for task, classes in (("inter", 6), ("intra", 2)):
+        grid = report["tasks"][task]
+        assert grid["chance"] == 1 / classes
+        cells = [(cell["layer"], cell["pooling"]) for cell in grid["cells"]]
+        assert cells == [(layer, pooling) for layer in range(1, 5) for pooling in POOLINGS]
+        assert all(cell["low"] <= cell["accuracy"] <= cell["high"] for cell in grid["cells"])
+        assert all(cell["num_samples"] > 0 for cell in grid["cells"])
+    assert report["rule"] == "rule"
+    assert "inter-user" in report["rule_words"]
+    assert read_choice(run_dir / "probe.json").core_layer >= 2
+    assert set(report["lineage"]) == {"mllm", "lora", "probe"}
+    # Users of the tiny world differ in hue, which even a random model shows; shuffled labels show nothing.
+    inter = report["tasks"]["inter"]
+    assert max(cell["accuracy"] for cell in inter["cells"]) > 2 * inter["chance"]
+    assert inter["control"]["mean"] < 2 * inter["chance"]
+
+
+def test_heat_maps_are_pictures(finished):
+    _, run_dir = finished
+    for task in ("inter", "intra"):
+        with Image.open(run_dir / f"{task}_user.png") as image:
+            assert image.size[0] > 300
+
+
+def test_checkpoint_holds_probes_only(finished):
+    _, run_dir = finished
+    (path,) = (run_dir / "checkpoints").glob("step-00000060.ckpt")
+    content = torch.load(path, weights_only=True)
+    assert all(name.startswith("grids.") for name in content["state_dict"])
+
+
+def test_embeddings_are_what_embed_history_gives(finished, inputs):
+    config, run_dir = finished
+    reader = EmbeddingReader(config.embed.out, split="test")
+    assert set(reader.header) >= {"mllm", "lora", "probe", "image_encoder"}
+    user = reader[0]
+    sample = ShardReader(inputs / "shards", split="test")[0]
+    pictures = dict(zip(user.image_keys, user_images(sample), strict=True))
+    mllm = MLLM.load(inputs / "mllm")
+    load_lora(mllm, path=inputs / "lora")
+    choice = read_choice(run_dir / "probe.json")
+    assert user.core.shape == (3, mllm.hidden_size)
+    assert user.sem.shape == (3, 4 * mllm.hidden_size)
+    for draw, keys in enumerate(user.reference_keys):
+        liked = [pictures[key] for key in keys if "/liked." in key]
+        disliked = [pictures[key] for key in keys if "/disliked." in key]
+        own = embed_history(mllm, liked=liked, disliked=disliked, choice=choice)
+        twin = embed_history(mllm, liked=disliked, disliked=liked, choice=choice)
+        # the cache holds image features in half precision
+        for name, states in (("", own), ("_negative", twin)):
+            np.testing.assert_allclose(getattr(user, f"core{name}")[draw], states.core[0], atol=5e-3)
+            np.testing.assert_allclose(getattr(user, f"sem{name}")[draw], states.sem[0], atol=5e-3)
+    encoder = ImageEncoder.load(inputs / "pipeline" / "image_encoder")
+    np.testing.assert_allclose(user.image, encoder.embed(list(pictures.values())), atol=1e-5)
+    assert user.prompts == tuple(one.prompt for one in (*sample.history.liked, *sample.history.disliked))
+    assert user.liked_attributes == sample.history.liked_attributes
+
+
+def test_each_draw_leaves_targets_of_the_liked_side(finished):
+    config, _ = finished
+    for split in ("train", "validation", "test"):
+        reader = EmbeddingReader(config.embed.out, split=split)
+        for position in range(len(reader)):
+            user = reader[position]
+            assert all(len(user.rows_outside(draw)) >= 2 for draw in range(3))
+
+
+def test_words_and_scores_from_pictures(inputs):
+    mllm = MLLM.load(inputs / "mllm")
+    pictures = [Image.new("RGB", (40, 40), color) for color in ("red", "blue", "green")]
+    said = list_attributes(mllm, liked=pictures[:1], disliked=[], kind="likes", max_new_tokens=4)
+    assert isinstance(said, tuple)
+    scores = like_probability(mllm, liked=pictures[:1], disliked=pictures[1:2], candidates=pictures)
+    assert scores.shape == (3,)
+    assert ((scores > 0) & (scores < 1)).all()
+
+
+def test_refusals(probe_config, tmp_path):
+    with pytest.raises(ConfigError, match="gradient_clip_val=null"):
+        probe_config(tmp_path, "trainer.gradient_clip_val=1.0")
+    module = ProbeModule(probe_config(tmp_path))
+    with pytest.raises(CheckpointError, match="fit --stage probe"):
+        module.predict(None)
