@@ -88,6 +88,9 @@ def mean_bandwidth(x: Tensor, y: Tensor) -> Tensor:
     total = x.shape[0] + y.shape[0]
     if total < 2:
         raise MMDError("bandwidth='mean' needs two rows at least")
+    if not (x.shape[0] and y.shape[0]):
+        spread, _ = _spread(x if x.shape[0] else y)
+        return (2.0 * spread / (total - 1)).sqrt()
     spread_x, mean_x = _spread(x)
     spread_y, mean_y = _spread(y)
     between = (mean_x - mean_y).square().sum() * (x.shape[0] * y.shape[0] / total)

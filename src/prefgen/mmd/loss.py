@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from prefgen.mmd.across import gather_rows
 from prefgen.mmd.api import mmd2
 from prefgen.mmd.bandwidth import DEFAULT_MULTIPLIERS, Bandwidth, resolve_mixture
 from prefgen.mmd.errors import MMDError
@@ -31,7 +32,7 @@ class MMDLoss(nn.Module):
         alpha: exponent of the rq kernel.
         estimator: which estimator.
         block_size: rows per block of estimator "block".
-        group: process group over which batches are joined; "world" for the default group.
+        group: ranks whose batches form one (torch.distributed.group.WORLD for all).
         grad_reduce: how the trainer joins gradients: "mean" for DDP and FSDP.
     """
 
@@ -88,9 +89,10 @@ class MMDLoss(nn.Module):
         """
         if not isinstance(self.bandwidth, str):
             raise MMDError("calibrate: the bandwidth was given as numbers; there is nothing to calibrate")
+        if group is not None:
+            x, y = gather_rows(x, group=group).rows, gather_rows(y, group=group).rows
         mixture = resolve_mixture(x, y, bandwidth=self.bandwidth, multipliers=(1.0,), coefs="mean")
         self.sigma.copy_(mixture.sigma[0])
-        self._frozen = True
         self._frozen = True
         return self.sigma
 

@@ -58,8 +58,8 @@ def centre(x: Tensor, y: Tensor, *, wx: Tensor | None = None, wy: Tensor | None 
     dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(y.dtype))
     mean_x, mean_y = _mean(x, wx, dtype=dtype), _mean(y, wy, dtype=dtype)
     gap = mean_x.double() - mean_y.double()
-    xc, norm_x, along_x = _shift(x, mean_x, gap)
-    yc, norm_y, along_y = _shift(y, mean_y, gap)
+    xc, norm_x, along_x = shift_rows(x, mean_x, gap)
+    yc, norm_y, along_y = shift_rows(y, mean_y, gap)
     far = gap.square().sum()
     spread = _average(norm_x, wx) + _average(norm_y, wy)
     return Centred(
@@ -91,7 +91,7 @@ def _average(norms: Tensor, weights: Tensor | None) -> Tensor:
     return (norms * size).sum() / size.sum()
 
 
-def _shift(x: Tensor, mean: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shift_rows(x: Tensor, mean: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centred rows, their squared norms and their products with the gap, both float64."""
     out = torch.empty(x.shape, dtype=mean.dtype, device=x.device)
     norms, along = [], []
