@@ -135,3 +135,32 @@ def test_the_unconditional_branch_takes_the_null_tokens(bundle):
 def test_unequal_counts_are_refused(bundle):
     with pytest.raises(DataError, match="one of each per image"):
         sample(bundle, PROMPTS, seeds=[1], **HOW)
+
+
+@pytest.mark.parametrize("negative", [None, "dark"])
+def test_an_sdxl_folder_draws_the_stock_pipelines_images(tmp_path, negative):
+    from diffusers import StableDiffusionXLPipeline
+
+    from prefgen.testing.diffusion import save_tiny_sdxl
+
+    path = save_tiny_sdxl(tmp_path / "xl")
+    stock = StableDiffusionXLPipeline.from_pretrained(path, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    bundle = DiffusionBundle.load(str(path))
+    negatives = None if negative is None else [negative] * 3
+    theirs = stock(
+        PROMPTS,
+        latents=noise_for(SEEDS, bundle=bundle),
+        negative_prompt=negatives,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    shape = FusionShape(parts=("core",), widths=(10,), cross_width=bundle.cross_width)
+    adapter = UserAdapter(bundle.unet, shape=shape)
+    adapter.attention.install()
+    users = SampleUsers.of(adapter, parts={"core": torch.ones(3, 10)}, scale=0.0)
+    ours = sample(bundle, PROMPTS, seeds=SEEDS, users=users, negative_prompts=negatives, **HOW)
+    assert torch.equal((ours * 0.5 + 0.5).clamp(0, 1), theirs)
+    steered = sample(bundle, PROMPTS, seeds=SEEDS, users=replace(users, scale=1.0), **HOW)
+    assert not torch.equal(steered, ours)

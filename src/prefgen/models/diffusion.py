@@ -22,6 +22,18 @@ from prefgen.models.text import draw_list
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 
+_COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "image_encoder",
+    "feature_extractor",
+    "text_encoder_2",
+    "tokenizer_2",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextCondition:
@@ -72,6 +84,7 @@ class DiffusionBundle:
         text_encoder_2: SDXL's second text encoder, or None.
         tokenizer_2: its tokenizer, or None.
         schedule: the noise schedule in plain numbers.
+        zero_empty_text: whether no prompt means zeros instead of the encoded empty text (SDXL's base).
     """
 
     unet: Any
@@ -84,6 +97,7 @@ class DiffusionBundle:
     text_encoder_2: Any
     tokenizer_2: Any
     schedule: NoiseSchedule
+    zero_empty_text: bool = False
 
     @staticmethod
     def load(
@@ -116,15 +130,16 @@ class DiffusionBundle:
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if parts.get(name) is None:
                 raise DataError(f"{path}: the pipeline has no {name}; prefgen needs a UNet text-to-image one")
-        names = [name for name in DiffusionBundle.__dataclass_fields__ if name != "schedule"]
-        kept = {name: parts.get(name) for name in names}
+        kept = {name: parts.get(name) for name in _COMPONENTS}
         for module in kept.values():
             if isinstance(module, torch.nn.Module):
                 module.to(device=device).requires_grad_(False).eval()
         if memory_format == "channels_last":
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
-        return DiffusionBundle(schedule=NoiseSchedule.of(kept["scheduler"]), **kept)
+        return DiffusionBundle(
+            schedule=NoiseSchedule.of(kept["scheduler"]), zero_empty_text=parts["zero_empty_text"], **kept
+        )
 
     @property
     def device(self) -> torch.device:
@@ -182,6 +197,14 @@ class DiffusionBundle:
         )
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return TextCondition(hidden=hidden, pooled=second.text_embeds)
+
+    @torch.no_grad()
+    def encode_nothing(self, count: int) -> TextCondition:
+        """What stands for ``count`` absent prompts under classifier-free guidance."""
+        text = self.encode_text([""] * count)
+        if not self.zero_empty_text:
+            return text
+        return TextCondition(hidden=torch.zeros_like(text.hidden), pooled=torch.zeros_like(text.pooled))
 
     def _token_ids(self, prompts: Sequence[str], *, tokenizer: Any) -> Tensor:
         limit = int(tokenizer.model_max_length)
@@ -290,7 +313,9 @@ def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"no diffusers pipeline at {path}: {reason[:200]}") from None
-    return cast("dict[str, Any]", pipeline.components)
+    parts = dict(pipeline.components)
+    parts["zero_empty_text"] = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+    return parts
 
 
 @contextlib.contextmanager

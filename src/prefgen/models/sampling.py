@@ -102,7 +102,7 @@ def sample(
         users: for whom; None draws with the base model.
         num_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less switches it off.
-        negative_prompts: B texts of the unconditional branch; None means empty ones.
+        negative_prompts: B texts of the unconditional branch; None means none.
         batch_size: images per pass; None takes all at once.
 
     Returns:
@@ -112,8 +112,9 @@ def sample(
         DataError: the numbers of prompts, seeds, noise or users differ, or a prompt is too long.
     """
     noise = noise_for(seeds, bundle=bundle) if noise is None else noise
-    negatives = [""] * len(prompts) if negative_prompts is None else list(negative_prompts)
-    counts = {"prompts": len(prompts), "seeds": len(seeds), "noise": len(noise), "negatives": len(negatives)}
+    counts = {"prompts": len(prompts), "seeds": len(seeds), "noise": len(noise)}
+    if negative_prompts is not None:
+        counts["negative prompts"] = len(negative_prompts)
     if users is not None:
         counts["users"] = len(users.embeds)
     if len(set(counts.values())) != 1:
@@ -126,7 +127,7 @@ def sample(
         latents = _denoise(
             bundle,
             prompts=prompts[rows],
-            negatives=negatives[rows],
+            negatives=None if negative_prompts is None else negative_prompts[rows],
             seeds=seeds[rows],
             noise=noise[rows],
             users=part,
@@ -141,7 +142,7 @@ def _denoise(
     bundle: DiffusionBundle,
     *,
     prompts: Sequence[str],
-    negatives: Sequence[str],
+    negatives: Sequence[str] | None,
     seeds: Sequence[int],
     noise: Tensor,
     users: SampleUsers | None,
@@ -151,7 +152,8 @@ def _denoise(
     guided = guidance_scale > 1
     text = bundle.encode_text(prompts)
     if guided:
-        text = TextCondition.cat([bundle.encode_text(negatives), text])
+        nothing = bundle.encode_nothing(len(text.hidden))
+        text = TextCondition.cat([nothing if negatives is None else bundle.encode_text(negatives), text])
     # A copy: schedulers keep state between steps, and the bundle is shared.
     scheduler = type(bundle.scheduler).from_config(bundle.scheduler.config)
     scheduler.set_timesteps(num_steps, device=bundle.device)

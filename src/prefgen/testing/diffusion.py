@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -60,6 +67,34 @@ def save_tiny_pipeline(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
+def save_tiny_sdxl(path: Path, *, seed: int = 0) -> Path:
+    """The same as a StableDiffusionXLPipeline folder: two text encoders, pooled text and time ids.
+
+    Cross-attention width 32 (two encoders of 16), pooled text 12. No image encoder, as the published ones.
+    """
+    tokenizer = train_clip_tokenizer(_CAPTIONS * 2, vocab_size=600, max_length=24)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first = _tiny_text_encoder(tokenizer)
+        pipeline = StableDiffusionXLPipeline(
+            vae=_tiny_vae(),
+            text_encoder=first,
+            text_encoder_2=CLIPTextModelWithProjection(first.config).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=_tiny_unet(
+                cross_attention_dim=2 * TINY_TEXT_DIM,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + TINY_IMAGE_DIM,
+            ),
+            scheduler=_tiny_scheduler(),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
 def _tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -73,16 +108,17 @@ def _tiny_vae() -> AutoencoderKL:
     )
 
 
-def _tiny_unet() -> UNet2DConditionModel:
+def _tiny_unet(**extra: object) -> UNet2DConditionModel:
+    settings = {"cross_attention_dim": TINY_TEXT_DIM} | extra
     return UNet2DConditionModel(
         sample_size=TINY_IMAGE_SIZE // 2,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=2,
-        cross_attention_dim=TINY_TEXT_DIM,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **settings,
     )
 
 

@@ -81,6 +81,29 @@ def test_fit_writes_a_small_artefact_that_loads(make_config, tmp_path):
         assert grid.height in (16 * 2, 16 * 3, 16 * 4, 16 * 5), "liked pictures, then a row a prompt"
 
 
+def test_mixed_precision_over_a_bfloat16_base(make_config, tmp_path):
+    """As the mini preset trains: the adapter stays float32, and its steps are not rounded away."""
+    config = make_config(
+        "trainer.precision=bf16-mixed",
+        "model.frozen_dtype=bfloat16",
+        "model.memory_format=channels_last",
+        "trainer.max_steps=3",
+        "inject.sample_every_n_steps=1",
+        "optim.learning_rate=1e-4",
+        "data.max_eval_users=6",
+    )
+    module = run_fit(config)
+    assert module.bundle.unet.dtype == torch.bfloat16
+    assert module.bundle.vae.dtype == torch.float32
+    assert {p.dtype for p in module.trained_parameters()} == {torch.float32}
+    fresh = InjectModule(config)
+    for branch, start in zip(
+        module.adapter.attention.branches, fresh.adapter.attention.branches, strict=True
+    ):
+        assert not torch.equal(branch.to_v_user.weight, start.to_v_user.weight)
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+
 def test_the_first_column_of_the_grid_is_the_base_model(make_config):
     from prefgen.models.pixels import to_uint8
     from prefgen.models.sampling import sample

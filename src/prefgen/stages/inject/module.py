@@ -162,14 +162,22 @@ class InjectModule(StageModule):
         return LatentMoments(mean=torch.cat([m.mean for m in kept]), std=torch.cat([m.std for m in kept]))
 
     def texts(self, prompts: Sequence[str]) -> TextCondition:
-        """Encoded prompts; kept as :meth:`moments` are."""
+        """Encoded prompts, an empty one as no prompt is at generation; kept as :meth:`moments` are."""
         with torch.autocast(self.device.type, enabled=False):
             if not self.config.data.cache_latents:
-                return self.bundle.encode_text(prompts)
+                return self._encode_prompts(prompts)
             for prompt in prompts:
                 if prompt not in self._texts:
-                    self._texts[prompt] = self.bundle.encode_text([prompt])
+                    self._texts[prompt] = self._encode_prompts([prompt])
         return TextCondition.cat([self._texts[prompt] for prompt in prompts])
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        text, nothing = self.bundle.encode_text(prompts), self.bundle.encode_nothing(1)
+        empty = torch.tensor([not prompt for prompt in prompts], device=text.hidden.device)
+        return TextCondition(
+            hidden=torch.where(empty[:, None, None], nothing.hidden, text.hidden),
+            pooled=torch.where(empty[:, None], nothing.pooled, text.pooled),
+        )
 
     # Pictures while training
 
