@@ -97,6 +97,16 @@ def test_readable_attributes_planted_absent_and_constant():
     assert math.isnan(areas[2])
 
 
+def test_probe_solved_over_users_is_the_one_solved_over_coordinates():
+    train, queries = _rows(20, 35), _rows(9, 35, seed=4)
+    labels = (_rows(20, 3, seed=5) > 0).double()
+    features, wanted = (rows[:, :-1] for rows in alignment._standard(train, queries))
+    gram = features.T @ features + alignment._RIDGE * 20 * torch.eye(35, dtype=torch.float64)
+    expected = wanted @ torch.linalg.solve(gram, features.T @ (labels - labels.mean(dim=0)))
+    scores = alignment._ridge_scores(train, labels, queries=queries)
+    torch.testing.assert_close(scores, expected + labels.mean(dim=0), rtol=1e-9, atol=1e-9)
+
+
 def test_unequal_numbers_of_rows_are_our_own_mistake():
     with pytest.raises(ValueError, match="equal N"):
         alignment.own_ranks(_rows(3, 2), _rows(4, 2))

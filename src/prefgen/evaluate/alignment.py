@@ -229,12 +229,18 @@ def _standard(train: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ridge_scores(train: Tensor, targets: Tensor, *, queries: Tensor) -> Tensor:
-    features, wanted = _standard(train, queries)
-    penalty = _RIDGE * torch.eye(features.shape[1], dtype=torch.float64)
-    penalty[-1, -1] = 0
-    gram = features.T @ features / len(features) + penalty
-    scores: Tensor = wanted @ torch.linalg.solve(gram, features.T @ targets / len(features))
-    return scores
+    """(M,A) ridge scores; solved over users where they are fewer than coordinates (the same solution)."""
+    features, wanted = (rows[:, :-1] for rows in _standard(train, queries))
+    mean = targets.mean(dim=0)
+    count, width = features.shape
+    penalty = _RIDGE * count * torch.eye(min(count, width), dtype=torch.float64)
+    scores: Tensor
+    if width <= count:
+        scores = wanted @ torch.linalg.solve(features.T @ features + penalty, features.T @ (targets - mean))
+    else:
+        dual = torch.linalg.solve(features @ features.T + penalty, targets - mean)
+        scores = wanted @ (features.T @ dual)
+    return scores + mean
 
 
 def _logistic_scores(train: Tensor, labels: Tensor, *, queries: Tensor, steps: int = 25) -> Tensor:

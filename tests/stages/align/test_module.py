@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from prefgen.run import run_stage
 from prefgen.stages.align.config import AlignLossConfig
 from prefgen.stages.align.data import AlignData
 from prefgen.stages.align.module import AlignModule, grouped_infonce, grouped_mmd2
+from prefgen.testing.data import HUES
 
 
 @pytest.fixture
@@ -77,12 +79,16 @@ def test_fit_validate_and_test_from_config_to_artefact(make_config, inputs):
     run_stage(config, verb="fit", stage="align")
     for verb in ("validate", "test"):
         run_stage(config, verb=verb, stage="align")
-    run_dir = list_checkpoints_parent(config)
+    run_dir = Path(config.run_dir)
     record = json.loads((run_dir / "metrics.json").read_text())
     text = json.dumps(record)
     for name in ("val/mmd2", "val/recall_1", "val/permuted_recall_10_high", "val/separability", "test/mmd2"):
         assert name in text
     assert all(math.isfinite(value) for value in _numbers(record))
+
+    words = json.loads((run_dir / "attributes-val.json").read_text())["attributes"]
+    assert set(words) <= set(HUES)
+    assert {"sem", "aligned"} == set(next(iter(words.values())))
 
     path = run_dir / "projector.safetensors"
     loaded = load_projector(path)
@@ -96,12 +102,6 @@ def test_fit_validate_and_test_from_config_to_artefact(make_config, inputs):
     checkpoint = list_checkpoints(run_dir / "checkpoints")[-1]
     held = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert set(held) == {f"projector.{name}" for name in module.projector.state_dict()} | {"bandwidth"}
-
-
-def list_checkpoints_parent(config):
-    from pathlib import Path
-
-    return Path(config.run_dir)
 
 
 def _numbers(record):
@@ -120,7 +120,7 @@ def test_training_lowers_the_mmd(make_config):
         "optim.learning_rate=1e-2",
     )
     result = run_stage(config, verb="fit", stage="align")
-    record = json.loads((list_checkpoints_parent(config) / "metrics.json").read_text())
+    record = json.loads((Path(config.run_dir) / "metrics.json").read_text())
     before = record["before"]["val/mmd2"]
     assert result.metrics["val/mmd2"] < before
 

@@ -26,6 +26,9 @@ from prefgen.stages.align.config import AlignConfig
 
 log = logging.getLogger(__name__)
 
+PROBE_USERS = 4096
+"""Training users that the attribute probes learn from, at most: more would not make them better readers."""
+
 
 class AlignBatch(NamedTuple):
     """B users of whole groups.
@@ -225,6 +228,7 @@ class AlignData(LightningDataModule):
         """(U,K,Dtext) texts of a split's users."""
         assert self._space is not None
         users = self._splits[split]
+        log.info("encoding %d attribute texts of %d users (%s)", orders * len(users), len(users), split)
         rows = self._space.encode(users.texts(self._space, orders=orders, seed=self.config.seed))
         return rows.view(len(users), orders, -1)
 
@@ -254,13 +258,13 @@ class AlignData(LightningDataModule):
     def evaluation_batch(self, split: Split) -> EvaluationBatch:
         """Everything measured on the users of a split."""
         users, train = self._users(split), self._splits["train"]
-        words = sorted({word for attributes in train.attributes for word in attributes})
+        words = self.attribute_names
         return EvaluationBatch(
             sem=users.first_draws(),
             text=self._encode(split, orders=1)[:, 0],
             labels=_labels(users, words=words),
-            train_sem=train.first_draws(),
-            train_labels=_labels(train, words=words),
+            train_sem=train.first_draws(PROBE_USERS),
+            train_labels=_labels(train, words=words)[:PROBE_USERS],
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -109,15 +110,20 @@ class AlignModule(StageModule):
     def _measure(self, batch: EvaluationBatch, *, prefix: str) -> None:
         with torch.autocast(self.device.type, enabled=False):
             figures = self.measure(batch)
+            readable = self.readable(batch)
+        for name, areas in readable.items():
+            figures[f"readable_{name}"] = float(areas.nanmean())
         for name, value in figures.items():
             self.log(f"{prefix}/{name}", value, batch_size=len(batch.sem), rank_zero_only=True)
+        if self.trainer.is_global_zero:
+            self._write_attributes(readable, prefix=prefix)
 
     @torch.no_grad()
     def measure(self, batch: EvaluationBatch) -> dict[str, float]:
         """Name -> number; see :mod:`prefgen.evaluate.alignment` for each."""
         settings, seed = self.config.align, self.config.seed
-        aligned, text = self(batch.sem).float().cpu(), batch.text.float().cpu()
-        sem = batch.sem.float().cpu()
+        sem, text = batch.sem.float().cpu(), batch.text.float().cpu()
+        aligned = self(batch.sem).float().cpu()
         whole = mmd2(
             aligned,
             text,
@@ -130,17 +136,36 @@ class AlignModule(StageModule):
         figures |= _retrieval_figures(aligned, text, seed=seed)
         figures |= _shape_figures(sem, aligned, text, num_neighbours=self.config.evaluation.num_neighbours)
         figures["separability"] = alignment.separability(aligned, text, seed=seed)
-        train_aligned = self(batch.train_sem).float().cpu()
-        labels = {"train_labels": batch.train_labels.cpu(), "query_labels": batch.labels.cpu()}
-        for name, train, queries in (
-            ("sem", batch.train_sem.float().cpu(), sem),
-            ("aligned", train_aligned, aligned),
-        ):
-            areas = alignment.readable_attributes(
-                train, labels["train_labels"], queries=queries, query_labels=labels["query_labels"]
-            )
-            figures[f"readable_{name}"] = float(areas.nanmean())
         return figures
+
+    @torch.no_grad()
+    def readable(self, batch: EvaluationBatch) -> dict[str, Tensor]:
+        """(A,) how well each liked attribute is read linearly from sem and from aligned, on unseen users."""
+        train, queries = batch.train_sem, batch.sem
+        sets = {"sem": (train, queries), "aligned": (self(train), self(queries))}
+        return {
+            name: alignment.readable_attributes(
+                seen.float().cpu(),
+                batch.train_labels.cpu(),
+                queries=unseen.float().cpu(),
+                query_labels=batch.labels.cpu(),
+            )
+            for name, (seen, unseen) in sets.items()
+        }
+
+    def _write_attributes(self, readable: dict[str, Tensor], *, prefix: str) -> None:
+        """One line an attribute, beside metrics.json; null where all users of a set agree on it."""
+        rows = {
+            word: {
+                name: None if areas[i].isnan() else round(float(areas[i]), 4)
+                for name, areas in readable.items()
+            }
+            for i, word in enumerate(self._data().attribute_names)
+        }
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        record = {"measure": "area under the ROC curve of a ridge probe, unseen users", "attributes": rows}
+        path = self.run_dir / f"attributes-{prefix}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     # Artefact
 
@@ -213,6 +238,10 @@ def fixed_bandwidth(text: Tensor, *, rule: str) -> Tensor:
     half = len(text) // 2
     measure = mean_bandwidth if rule == "mean" else median_bandwidth
     return measure(text[:half].double(), text[half:].double())
+
+
+def _area(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else round(float(value), 4)
 
 
 def _retrieval_figures(aligned: Tensor, text: Tensor, *, seed: int) -> dict[str, float]:
