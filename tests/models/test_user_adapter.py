@@ -8,7 +8,13 @@ from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import FusionShape
 from prefgen.models.pixels import to_uint8
 from prefgen.models.sampling import SampleUsers, noise_for, sample
-from prefgen.models.user_adapter import UserAdapter, load_ip_adapter_state, to_ip_adapter_state
+from prefgen.models.user_adapter import (
+    UserAdapter,
+    load_ip_adapter_state,
+    load_user_adapter,
+    save_user_adapter,
+    to_ip_adapter_state,
+)
 
 SHAPE = FusionShape(parts=("aligned", "core", "image"), widths=(16, 10, 12), cross_width=16)
 PROMPTS = ["a red fox", "a blue boat"]
@@ -105,3 +111,31 @@ def test_state_holds_trained_parts_and_statistics_only(bundle, adapter):
 def test_a_shape_for_another_unet_is_refused(bundle):
     with pytest.raises(CheckpointError, match="width 99 for a UNet of"):
         UserAdapter(bundle.unet, shape=FusionShape(parts=("core",), widths=(4,), cross_width=99))
+
+
+def test_the_artefact_comes_back_and_broken_ones_are_refused(bundle, adapter, tmp_path):
+    path = tmp_path / "deep" / "user_adapter.safetensors"
+    with pytest.raises(CheckpointError, match="run 'prefgen fit --stage inject' first"):
+        load_user_adapter(path, unet=bundle.unet)
+    adapter.fusion.standardise(draw_parts(20))
+    save_user_adapter(adapter, path=path, lineage={"mllm": "abc"})
+    loaded = load_user_adapter(path, unet=bundle.unet)
+    assert loaded.lineage == {"mllm": "abc"}
+    assert loaded.adapter.fusion.shape == SHAPE
+    for name, value in loaded.adapter.state_dict().items():
+        assert torch.equal(value, adapter.state_dict()[name]), name
+    assert not any(p.requires_grad for p in loaded.adapter.parameters())
+    assert path.stat().st_mode & 0o777 == 0o644
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(CheckpointError, match="no user adapter or torn"):
+        load_user_adapter(path, unet=bundle.unet)
+
+
+def test_an_artefact_of_another_kind_is_refused(bundle, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="no user adapter of version 1"):
+        load_user_adapter(path, unet=bundle.unet)

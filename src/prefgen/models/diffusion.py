@@ -301,12 +301,12 @@ def fit_words(words: Sequence[str], *, tokenizer: Any, rng: np.random.Generator)
 
 
 def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    # diffusers takes seconds to import; whoever wants only this module's helpers should not wait.
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import is_accelerate_available
-
     try:
         with _quiet():
+            # Imported here: it takes seconds, and hints at torchvision unless quiet.
+            from diffusers import DiffusionPipeline
+            from diffusers.utils import is_accelerate_available
+
             pipeline = DiffusionPipeline.from_pretrained(
                 path, dtype=dtypes, low_cpu_mem_usage=is_accelerate_available()
             )

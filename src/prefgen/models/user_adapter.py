@@ -130,6 +130,7 @@ def save_user_adapter(adapter: UserAdapter, *, path: Path, lineage: Mapping[str,
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+    temporary.chmod(0o644)  # safetensors makes it readable for its owner only
     temporary.replace(path)
 
 

@@ -24,6 +24,8 @@ class InjectDataConfig(DataConfig):
     """Hold all users' encoded pictures and embeddings in memory, or read each when it is needed."""
     cache_latents: bool = True
     """Encode each picture and each prompt once and keep the result in memory."""
+    max_cached: int = 50000
+    """At most so many pictures' latents are kept; further ones are encoded each time."""
     max_users: int = 0
     """Train on only the first so many users; 0 means all."""
     max_eval_users: int = 128
@@ -32,6 +34,7 @@ class InjectDataConfig(DataConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
+        at_least("data.max_cached", self.max_cached, minimum=0)
         at_least("data.max_users", self.max_users, minimum=0)
         at_least("data.max_eval_users", self.max_eval_users, minimum=2)
 

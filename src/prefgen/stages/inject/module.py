@@ -155,11 +155,16 @@ class InjectModule(StageModule):
         with torch.autocast(self.device.type, enabled=False):
             if not self.config.data.cache_latents:
                 return self.bundle.encode_moments(batch.pixels)
-            for key, pixels in zip(batch.keys, batch.pixels, strict=True):
-                if key not in self._moments:
-                    self._moments[key] = self.bundle.encode_moments(pixels[None])
-        kept = [self._moments[key] for key in batch.keys]
+            kept = [self._moment(key, pixels) for key, pixels in zip(batch.keys, batch.pixels, strict=True)]
         return LatentMoments(mean=torch.cat([m.mean for m in kept]), std=torch.cat([m.std for m in kept]))
+
+    def _moment(self, key: str, pixels: Tensor) -> LatentMoments:
+        if key in self._moments:
+            return self._moments[key]
+        moments = self.bundle.encode_moments(pixels[None])
+        if len(self._moments) < self.config.data.max_cached:
+            self._moments[key] = moments
+        return moments
 
     def texts(self, prompts: Sequence[str]) -> TextCondition:
         """Encoded prompts, an empty one as no prompt is at generation; kept as :meth:`moments` are."""
