@@ -131,11 +131,13 @@ def test_lora_starts_as_identity_and_travels_alone(folder, mllm, images, tmp_pat
             parameter.add_(0.05)
         changed = mllm.hidden(batch, image_features=features)
     assert not torch.equal(changed, before)
-    save_lora(wrapped, path=tmp_path)
+    save_lora(wrapped, path=tmp_path, mllm_hash="aa")
     values = sum(p.numel() for p in trained.values())
     assert (tmp_path / WEIGHTS_NAME).stat().st_size < 4 * values + 20_000
     fresh = MLLM.load(folder)
-    load_lora(fresh, path=tmp_path)
+    with pytest.raises(CheckpointError, match="trained on another MLLM"):
+        load_lora(fresh, path=tmp_path, mllm_hash="bb")
+    load_lora(fresh, path=tmp_path, mllm_hash="aa")
     with torch.no_grad():
         assert torch.equal(fresh.hidden(batch, image_features=features), changed)
 

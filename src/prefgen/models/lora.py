@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from prefgen.models.mllm import MLLM
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS_NAME = "adapter_model.safetensors"
+LINEAGE_NAME = "prefgen.json"
 
 
 def add_lora(
@@ -41,14 +43,25 @@ def add_lora(
         raise CheckpointError(f"no layer of the language model is called {', '.join(targets)}") from error
 
 
-def load_lora(mllm: MLLM, *, path: str | Path) -> PeftModel:
+def load_lora(mllm: MLLM, *, path: str | Path, mllm_hash: str | None = None) -> PeftModel:
     """Put a saved LoRA into the model, frozen, ready for use.
 
+    Args:
+        mllm: the model; its layers are replaced in place.
+        path: the LoRA's folder.
+        mllm_hash: hash of the model's folder; None, or a LoRA that names no model, leaves it unchecked.
+
     Raises:
-        CheckpointError: no LoRA there, or it does not fit this model.
+        CheckpointError: no LoRA there, it does not fit this model, or it was trained on another one.
     """
     if not (Path(path) / WEIGHTS_NAME).is_file():
         raise CheckpointError(f"no LoRA at {path}: expected {WEIGHTS_NAME} and adapter_config.json in it")
+    trained_on = _trained_on(Path(path))
+    if mllm_hash is not None and trained_on not in (None, mllm_hash):
+        raise CheckpointError(
+            f"the LoRA at {path} was trained on another MLLM ({str(trained_on)[:12]}, this one is "
+            f"{mllm_hash[:12]}); run 'prefgen fit --stage vqa' again or pass the MLLM it belongs to"
+        )
     try:
         with _own_warnings_only():
             return PeftModel.from_pretrained(mllm.model, path, is_trainable=False).eval()
@@ -57,13 +70,30 @@ def load_lora(mllm: MLLM, *, path: str | Path) -> PeftModel:
         raise CheckpointError(f"the LoRA at {path} does not fit this model: {reason}") from error
 
 
-def save_lora(model: PeftModel, *, path: Path) -> Path:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``: the trained part only."""
+def save_lora(model: PeftModel, *, path: Path, mllm_hash: str | None = None) -> Path:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``: the trained part only.
+
+    With ``mllm_hash`` a small json beside them says which model it was trained on.
+    """
     model.peft_config["default"].base_model_name_or_path = None
     model.save_pretrained(path, save_embedding_layers=False)
     readme = path / "README.md"
     readme.unlink(missing_ok=True)
+    if mllm_hash is not None:
+        (path / LINEAGE_NAME).write_text(json.dumps({"mllm": mllm_hash}) + "\n", encoding="utf-8")
     return path
+
+
+def _trained_on(path: Path) -> str | None:
+    try:
+        found = json.loads((path / LINEAGE_NAME).read_text(encoding="utf-8"))["mllm"]
+        return str(found)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{path / LINEAGE_NAME} is damaged; run 'prefgen fit --stage vqa' again"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -54,6 +54,12 @@ def model_hash(path: str) -> str:
     return hash_folder(folder) if folder.is_dir() else f"hub:{path}"
 
 
+def model_source(path: str) -> Path | str:
+    """What ``from_pretrained`` is given: a local folder, or a hub id as it is written."""
+    folder = resolve_path(path)
+    return folder if path.startswith("asset:") or folder.exists() else path
+
+
 def load_features(
     mllm: MLLM,
     *,

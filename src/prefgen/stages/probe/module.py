@@ -27,6 +27,7 @@ from prefgen.models.probes import (
     read_choice,
 )
 from prefgen.stages.base import StageModule
+from prefgen.stages.features import model_hash, model_source
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
 from prefgen.stages.probe.draws import ProbeSamples, shuffled
@@ -64,12 +65,10 @@ class ProbeModule(StageModule):
         super().__init__(config)
         self.config = config
         model = config.model
-        folder = resolve_path(model.mllm)
-        source = folder if model.mllm.startswith("asset:") or folder.exists() else model.mllm
         dtype = getattr(torch, model.frozen_dtype)
-        self.mllm = MLLM.load(source, dtype=dtype, attention=model.attention)
+        self.mllm = MLLM.load(model_source(model.mllm), dtype=dtype, attention=model.attention)
         if model.lora:
-            load_lora(self.mllm, path=resolve_path(model.lora))
+            load_lora(self.mllm, path=resolve_path(model.lora), mllm_hash=model_hash(model.mllm))
         self.frozen = self.mllm.model.requires_grad_(False)
         self.grids = nn.ModuleDict()
         validation = read_index(resolve_path(config.data.shards), kind="histories").counts("validation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -10,7 +9,6 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from prefgen.config import resolve_path
 from prefgen.models.lora import add_lora, save_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.packing import PackedBatch, PackItem
@@ -25,12 +23,11 @@ from prefgen.models.questions import (
 )
 from prefgen.schema import Split
 from prefgen.stages.base import StageModule
-from prefgen.stages.features import model_hash
+from prefgen.stages.features import model_hash, model_source
 from prefgen.stages.vqa.config import VQAConfig
 from prefgen.stages.vqa.data import VQABatch, VQAData
 
 ARTEFACT = "lora"
-LINEAGE_NAME = "prefgen.json"
 CHOICES: dict[QuestionKind, tuple[str, str]] = {"like": YES_NO, "choose": FIRST_SECOND}
 
 
@@ -44,7 +41,7 @@ class VQAModule(StageModule):
         self.config = config
         model = config.model
         self.mllm = MLLM.load(
-            _source(model.mllm), dtype=getattr(torch, model.frozen_dtype), attention=model.attention
+            model_source(model.mllm), dtype=getattr(torch, model.frozen_dtype), attention=model.attention
         )
         # LoRA's start depends on the seed alone, not on what drew random numbers before.
         with torch.random.fork_rng(devices=[]):
@@ -160,10 +157,8 @@ class VQAModule(StageModule):
 
     def export(self, run_dir: Path) -> Path:
         """Write ``lora/`` in peft's format, with the hash of the model it belongs to beside it."""
-        folder = save_lora(self.lora, path=run_dir / ARTEFACT)
-        lineage = {"mllm": model_hash(self.config.model.mllm)}
-        (folder / LINEAGE_NAME).write_text(json.dumps(lineage) + "\n", encoding="utf-8")
-        return folder
+        mllm_hash = model_hash(self.config.model.mllm)
+        return save_lora(self.lora, path=run_dir / ARTEFACT, mllm_hash=mllm_hash)
 
 
 def _rows_by_kind(batch: VQABatch) -> dict[QuestionKind, list[int]]:
@@ -172,8 +167,3 @@ def _rows_by_kind(batch: VQABatch) -> dict[QuestionKind, list[int]]:
         if own := [i for i, name in enumerate(batch.kinds) if name == kind]:
             rows[kind] = own
     return rows
-
-
-def _source(path: str) -> Path | str:
-    folder = resolve_path(path)
-    return folder if path.startswith("asset:") or folder.exists() else path
