@@ -11,12 +11,20 @@ def _rows(count, width, *, seed=0):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_own_ranks_by_hand_with_a_tie():
+def test_hits_by_hand_with_ties():
     candidates = torch.tensor([[0.0], [1.0], [1.0], [5.0]])
     queries = torch.tensor([[0.1], [1.0], [4.0], [5.2]])
-    # query 1: its own text and user 2's are the same point, so it stands between places 1 and 2;
-    # query 2 at 4: nearest is user 3, then users 1 and 2 tie for places 2 and 3.
-    assert alignment.own_ranks(queries, candidates).tolist() == [1.0, 1.5, 2.5, 1.0]
+    # Query 1 lies on its own text and on user 2's: half a hit. Query 2 at 4 has user 3 nearest, then users 1
+    # and 2 at one distance: no hit at depth 1, half a hit at depth 2, a whole one at depth 3.
+    assert alignment.own_hits(queries, candidates, depth=1).tolist() == [1.0, 0.5, 0.0, 1.0]
+    assert alignment.own_hits(queries, candidates, depth=2).tolist() == [1.0, 1.0, 0.5, 1.0]
+    assert alignment.own_hits(queries, candidates, depth=3).tolist() == [1.0] * 4
+
+
+def test_with_one_text_for_all_retrieval_is_exactly_chance():
+    result = alignment.retrieval(_rows(40, 3), torch.ones(40, 3), seed=0)
+    assert result.recall_1.mean == pytest.approx(result.chance_1)
+    assert result.recall_10.mean == pytest.approx(result.chance_10)
 
 
 def test_retrieval_of_a_perfect_and_of_a_random_map():
@@ -109,4 +117,4 @@ def test_probe_solved_over_users_is_the_one_solved_over_coordinates():
 
 def test_unequal_numbers_of_rows_are_our_own_mistake():
     with pytest.raises(ValueError, match="equal N"):
-        alignment.own_ranks(_rows(3, 2), _rows(4, 2))
+        alignment.own_hits(_rows(3, 2), _rows(4, 2), depth=1)

@@ -72,18 +72,19 @@ def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int, draws: int = 1
     return Estimate(mean=float(array.mean()), low=float(low), high=float(high), num_users=int(array.size))
 
 
-def own_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Rank (1 = nearest) of candidate i among all candidates for query i, by Euclidean distance.
+def own_hits(queries: Tensor, candidates: Tensor, *, depth: int) -> Tensor:
+    """Whether candidate i is among the ``depth`` nearest of query i, by Euclidean distance.
 
-    Equal distances share their places: a user whose text equals another user's cannot be told apart by
-    anyone, so a tie counts half before and half behind.
+    Users whose texts are equal cannot be told apart by anyone: among t equal distances of which f places are
+    free, the own text counts f / t, which is what drawing lots among them gives on average.
 
     Args:
         queries: (N,D) aligned embeddings.
         candidates: (N,D) text embeddings, same order of users.
+        depth: how many places count.
 
     Returns:
-        (N,) float64 ranks in [1, N].
+        (N,) float64 in [0, 1].
     """
     _same_rows(queries, candidates)
     distance = torch.cdist(queries.double(), candidates.double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -91,17 +92,16 @@ def own_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     # Two spellings of one distance differ in their last bits; without a tolerance a tie becomes a lottery.
     margin = 1e-9 * own.clamp_min(1e-12)
     nearer = (distance < own - margin).sum(dim=1)
-    equal = ((distance - own).abs() <= margin).sum(dim=1) - 1
-    return 1 + nearer.double() + equal.double() / 2
+    equal = ((distance - own).abs() <= margin).sum(dim=1)
+    return ((depth - nearer).double() / equal.double()).clamp(0, 1)
 
 
 def retrieval(queries: Tensor, candidates: Tensor, *, seed: int) -> Retrieval:
     """Recall at 1 and at 10 of each user's own text among all users' texts, with bootstrap intervals."""
-    ranks = own_ranks(queries, candidates).numpy()
-    count = len(ranks)
+    count = len(queries)
     return Retrieval(
-        recall_1=bootstrap(ranks < 1.5, seed=seed),
-        recall_10=bootstrap(ranks < 10.5, seed=seed + 1),
+        recall_1=bootstrap(own_hits(queries, candidates, depth=1).numpy(), seed=seed),
+        recall_10=bootstrap(own_hits(queries, candidates, depth=10).numpy(), seed=seed + 1),
         chance_1=1 / count,
         chance_10=min(1.0, 10 / count),
     )
