@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
@@ -132,7 +132,8 @@ def save_projector(
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: value.detach().cpu().contiguous() for name, value in projector.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+    # save_file would make a file that only its owner can read, and so a shared artefact of no use.
+    temporary.write_bytes(to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)}))
     temporary.replace(path)
 
 
