@@ -108,6 +108,12 @@ def test_again_goes_on_and_ends_at_once(tmp_path):
     first = (Path(config.run_dir) / "metrics.json").read_text()
     train(config)
     assert (Path(config.run_dir) / "metrics.json").read_text() == first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyModule, "__init__", None)  # a finished run is not even built
+        assert train(config).places["artefact"].is_file()
+    (Path(config.run_dir) / "toy.txt").unlink()
+    train(config)
+    assert (Path(config.run_dir) / "toy.txt").is_file()
     longer = replace(config, trainer=replace(config.trainer, max_steps=8))
     train(longer)
     assert json.loads((Path(config.run_dir) / "metrics.json").read_text())["steps"] == 8
@@ -142,7 +148,7 @@ def test_torn_checkpoint(tmp_path):
     path = list_checkpoints(Path(config.run_dir) / "checkpoints")[-1]
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        train(config)
+        train(toy(tmp_path, "trainer.max_steps=7"))
 
 
 def test_a_half_written_checkpoint_is_never_picked(tmp_path):

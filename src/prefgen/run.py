@@ -127,6 +127,9 @@ def fit(
     resume = found[-1] if found else None
     if resume is not None:
         check_same_run(run_dir, config=config)
+        if (finished := finished_run(config, newest=resume)) is not None:
+            logger.info("already finished; delete %s or pass another run_dir to train anew", run_dir)
+            return finished
     seed_everything(config.seed, verbose=False)
     module, data = make_module(), make_data()
     if resume is not None:
@@ -139,13 +142,25 @@ def fit(
         trainer.validate(module, datamodule=data, verbose=False)
         write_metrics(run_dir, stage=module.stage, seed=config.seed, before=_metrics(trainer))
         seed_everything(config.seed, verbose=False)
-    if resume is not None and read_metrics(run_dir).get("stopped_early"):
-        logger.info(
-            "this run had stopped early; nothing is left to train. Pass another run_dir for a new one"
-        )
-        return _finish(config, trainer=trainer, module=module)
     trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume), weights_only=True)
     return _finish(config, trainer=trainer, module=module)
+
+
+def finished_run(config: StageConfig, *, newest: Path) -> RunResult | None:
+    """What a run folder holds if nothing is left to train or to export in it, else None."""
+    run_dir = Path(config.run_dir)
+    content = read_metrics(run_dir)
+    finished = content.get("finished")
+    if finished is None or finished["checkpoint"] != newest.name:
+        return None
+    settings, steps, epochs = config.trainer, content["steps"], content["epochs"]
+    done = (
+        content["stopped_early"] or (0 < settings.max_steps <= steps) or (0 < settings.max_epochs <= epochs)
+    )
+    places = {name: run_dir / place for name, place in finished["places"].items()}
+    if not done or not all(place.exists() for place in places.values()):
+        return None
+    return RunResult(places=places, metrics=content.get("fit", {}))
 
 
 def _finish(config: StageConfig, *, trainer: Trainer, module: StageModule) -> RunResult:
@@ -153,21 +168,26 @@ def _finish(config: StageConfig, *, trainer: Trainer, module: StageModule) -> Ru
     run_dir = Path(config.run_dir)
     metrics = _metrics(trainer)
     checkpoint = load_weights(config, module=module)
-    places = {"checkpoint": checkpoint, "log": run_dir / "tensorboard", "metrics": run_dir / "metrics.json"}
     if not trainer.is_global_zero:
         return RunResult(metrics=metrics)
-    if metrics:
-        write_metrics(
-            run_dir,
-            stage=module.stage,
-            seed=config.seed,
-            steps=trainer.global_step,
-            epochs=trainer.current_epoch,
-            stopped_early=trainer.should_stop,  # only early stopping sets it
-            fit=metrics,
-        )
+    write_metrics(
+        run_dir,
+        stage=module.stage,
+        seed=config.seed,
+        steps=trainer.global_step,
+        epochs=trainer.current_epoch,
+        stopped_early=trainer.should_stop,  # only early stopping sets it
+        # a run that was killed between its last step and its export measures nothing when it goes on
+        **({"fit": metrics} if metrics else {}),
+    )
     artefact = module.export(run_dir)
-    return RunResult(places=places if artefact is None else {"artefact": artefact, **places}, metrics=metrics)
+    places = {"checkpoint": checkpoint, "log": run_dir / "tensorboard", "metrics": run_dir / "metrics.json"}
+    if artefact is not None:
+        places = {"artefact": artefact, **places}
+    newest = list_checkpoints(run_dir / "checkpoints")[-1].name
+    relative = {name: str(place.relative_to(run_dir)) for name, place in places.items()}
+    write_metrics(run_dir, finished={"checkpoint": newest, "places": relative})
+    return RunResult(places=places, metrics=metrics)
 
 
 def load_weights(config: StageConfig, *, module: StageModule) -> Path:

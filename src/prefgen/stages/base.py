@@ -21,7 +21,9 @@ class StageModule(LightningModule):
 
     A stage's module is built as ``XModule(config)``, names itself in ``stage``, freezes what does not train
     (``requires_grad_(False)``) before it returns from ``__init__``, and offers the ordinary Lightning steps.
-    ``optim.ema_decay``, checkpoints, resume and metrics.json are run.py's and need no code in a stage.
+    ``optim.ema_decay``, checkpoints, resume and metrics.json are run.py's and need no code in a stage. A
+    checkpoint is written before the module's own ``on_train_batch_end``: what has to survive a resume is
+    changed in ``training_step``.
     """
 
     stage: ClassVar[str]
@@ -72,7 +74,7 @@ class StageModule(LightningModule):
         """Write the stage's artefact into the run folder after training; called with EMA weights in place.
 
         Returns:
-            The artefact's path, printed when the fit ends; None for a stage without one.
+            The artefact's path inside ``run_dir``, printed when the fit ends; None for a stage without one.
         """
         del run_dir
         return None
