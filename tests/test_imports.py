@@ -136,9 +136,10 @@ LARGE = {
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_files_stay_small(name):
-    """A file over 350 lines needs a reason in LARGE; a function over 80 wants splitting."""
+    """A file over 350 lines needs a reason in LARGE; a function over 80 (docstring apart) wants splitting."""
     text = SOURCES[name].read_text(encoding="utf-8")
     assert text.count("\n") <= LARGE.get(name, 350), f"{name}: {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 80, f"{name}.{node.name}"
+            code = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not code or node.end_lineno - code[0].lineno < 80, f"{name}.{node.name}"
