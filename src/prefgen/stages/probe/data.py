@@ -86,7 +86,7 @@ class ProbeData(LightningDataModule):
         if stage == "predict" or self.prompts:
             return
         data, seed = self.config.data, self.config.seed
-        train, held_out = self._load("train", max_users=data.intra_users), self._load("validation")
+        train, held_out = self._load("train"), self._load("validation")
         inter_users = held_out.users[: data.inter_users]
         self.prompts["inter"] = TaskPrompts(
             train=inter_samples(
@@ -118,7 +118,7 @@ class ProbeData(LightningDataModule):
             test_features=held_out.features,
         )
 
-    def _load(self, split: Split, *, max_users: int = 0) -> SplitFeatures:
+    def _load(self, split: Split) -> SplitFeatures:
         assert self.trainer is not None
         mllm: MLLM = self.trainer.lightning_module.mllm
         return load_split(self.config, mllm=mllm, split=split, device=self.trainer.strategy.root_device)
