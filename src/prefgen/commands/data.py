@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefgen.errors import ConfigError, DataError
+from prefgen.schema import Split
 
 if TYPE_CHECKING:
     from prefgen.data.verify import SplitSummary, Summary
@@ -18,9 +19,45 @@ def add_parser(subparsers: Any) -> None:
     text = "make, pack, look at and check histories"
     parser = subparsers.add_parser("data", help=text, description=text.capitalize() + ".")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_agents(actions)
+    _add_drawings(actions)
     _add_build(actions)
     _add_inspect(actions)
     _add_verify(actions)
+
+
+def _add_agents(actions: Any) -> None:
+    text = "simulate users over drawings: histories with known tastes"
+    parser = actions.add_parser("agents", help=text, description=text.capitalize() + ".")
+    parser.add_argument("--out", type=Path, required=True, help="folder for history.jsonl and its images")
+    parser.add_argument("--train", type=int, default=1000, help="agents to learn from (1000)")
+    parser.add_argument("--validation", type=int, default=64, help="agents to watch training by (64)")
+    parser.add_argument(
+        "--test", type=int, default=128, help="agents, over unseen subjects, to judge by (128)"
+    )
+    parser.add_argument("--min-images", type=int, default=16, help="fewest images on either side (16)")
+    parser.add_argument("--max-images", type=int, default=26, help="most images on either side (26)")
+    parser.add_argument("--image-size", type=int, default=64, help="side of an image in pixels (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes; changes nothing else (all cores)"
+    )
+    parser.set_defaults(run=run_agents)
+
+
+def _add_drawings(actions: Any) -> None:
+    text = "draw captioned shards for training base models from scratch"
+    parser = actions.add_parser("drawings", help=text, description=text.capitalize() + ".")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--train", type=int, default=90_000, help="drawings to learn from (90000)")
+    parser.add_argument("--heldout", type=int, default=4_000, help="unseen drawings, for gates (4000)")
+    parser.add_argument("--judge", type=int, default=60_000, help="drawings for the judge alone (60000)")
+    parser.add_argument("--image-size", type=int, default=64, help="side of a drawing in pixels (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes; changes nothing else (all cores)"
+    )
+    parser.set_defaults(run=run_drawings)
 
 
 def _add_build(actions: Any) -> None:
@@ -61,6 +98,41 @@ def _add_verify(actions: Any) -> None:
     parser.add_argument("path", type=Path, help="folder of shards")
     parser.add_argument("--workers", type=int, default=None, help="processes (one per core)")
     parser.set_defaults(run=run_verify)
+
+
+def run_agents(args: argparse.Namespace) -> int:
+    """``prefgen data agents``."""
+    from prefgen.data.agents.contact import attribute_sheet, history_sheet
+    from prefgen.data.agents.render import AgentsPlan, agent_history, write_agents
+
+    plan = AgentsPlan(
+        num_users={"train": args.train, "validation": args.validation, "test": args.test},
+        min_images=args.min_images,
+        max_images=args.max_images,
+        image_size=args.image_size,
+        seed=args.seed,
+    )
+    path = write_agents(args.out, plan=plan, num_workers=args.workers)
+    split: Split = next(name for name, count in plan.num_users.items() if count)
+    shown = [agent_history(i, split, plan=plan) for i in range(min(4, plan.num_users[split]))]
+    attribute_sheet(seed=args.seed).save(args.out / "attributes.png")
+    history_sheet(shown).save(args.out / "histories.png")
+    counts = ", ".join(f"{count:,} {name}" for name, count in plan.num_users.items())
+    print(f"{sum(plan.num_users.values()):,} agents ({counts}) are in {path}")
+    print(f"look at {args.out / 'attributes.png'} and {args.out / 'histories.png'}")
+    return 0
+
+
+def run_drawings(args: argparse.Namespace) -> int:
+    """``prefgen data drawings``."""
+    from prefgen.data.agents.render import DrawingSplit, write_drawings
+
+    counts: dict[DrawingSplit, int] = {"train": args.train, "heldout": args.heldout, "judge": args.judge}
+    paths = write_drawings(
+        args.out, counts=counts, seed=args.seed, image_size=args.image_size, num_workers=args.workers
+    )
+    print(f"{sum(counts.values()):,} captioned drawings are in {len(paths)} shards at {args.out}")
+    return 0
 
 
 def run_build(args: argparse.Namespace) -> int:

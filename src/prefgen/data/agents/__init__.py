@@ -1,0 +1,1 @@
+"""Simulated users over recoloured and restyled drawings: a world whose every preference is known."""
