@@ -1,0 +1,1 @@
+"""Train small base models from captioned shards: the mini foundation, and any other made the same way."""

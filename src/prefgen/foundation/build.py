@@ -1,0 +1,102 @@
+"""The parts of a foundation in their order, each with a card that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefgen.errors import DataError
+from prefgen.foundation.captioned import CaptionedImages, load_captioned
+
+log = logging.getLogger(__name__)
+
+PARTS = ("vae", "clip", "unet", "mllm", "judge")
+
+
+def build_part(
+    part: str, *, shards: Path, work: Path, out: Path, seed: int = 0, steps: int | None = None
+) -> dict[str, Any]:
+    """Train one part and write it into ``out`` with its card ``cards/<part>.json``.
+
+    Args:
+        part: one of :data:`PARTS`; ``unet`` and ``judge`` need ``vae``, ``unet`` needs ``clip``.
+        shards: captioned shards (``train-*``, ``heldout-*``, and ``judge-*`` for the judge).
+        work: checkpoints and caches, one folder a part.
+        out: receives ``pipeline/``, ``mllm/``, ``judge.safetensors`` and ``cards/``.
+        seed: of weights, batches and noise.
+        steps: instead of the plan's; for the MLLM those of its grouping curriculum.
+
+    Returns:
+        The card.
+
+    Raises:
+        DataError: shards or an earlier part are missing.
+    """
+    source = "judge" if part == "judge" else "train"
+    data = load_captioned(shards, split=source, cache=work / "cache")
+    heldout = load_captioned(shards, split="heldout", cache=work / "cache")
+    for needed in {"unet": ("vae", "text_encoder"), "judge": ("vae",)}.get(part, ()):
+        if not (out / "pipeline" / needed).is_dir():
+            raise DataError(f"{part} needs {out / 'pipeline' / needed}; train the parts before it first")
+    figures = _train(part, data, heldout, work=work / part, out=out, seed=seed, steps=steps)
+    card = {
+        "part": part,
+        "pictures": len(data),
+        "shards": data.fingerprint,
+        "seed": seed,
+        **figures,
+    }
+    (out / "cards").mkdir(parents=True, exist_ok=True)
+    (out / "cards" / f"{part}.json").write_text(json.dumps(card, indent=1) + "\n")
+    log.info("%s: %s", part, {k: v for k, v in card.items() if isinstance(v, str | float | int)})
+    return card
+
+
+def _train(
+    part: str,
+    data: CaptionedImages,
+    heldout: CaptionedImages,
+    *,
+    work: Path,
+    out: Path,
+    seed: int,
+    steps: int | None,
+) -> dict[str, object]:
+    # One part at a time is imported: diffusers and transformers take seconds each.
+    pipeline = out / "pipeline"
+    if part == "vae":
+        from prefgen.foundation import vae
+
+        return vae.train_vae(
+            data, heldout, work=work, out=pipeline / "vae", plan=_plan(vae.PLAN, seed, steps)
+        )
+    if part == "clip":
+        from prefgen.foundation import clip
+
+        return clip.train_clip(data, heldout, work=work, out=pipeline, plan=_plan(clip.PLAN, seed, steps))
+    if part == "unet":
+        from prefgen.foundation import unet
+
+        return unet.train_unet(data, parts=pipeline, work=work, plan=_plan(unet.PLAN, seed, steps))
+    if part == "mllm":
+        from prefgen.foundation import mllm
+
+        plans = (_plan(mllm.CAPTION_PLAN, seed, None), _plan(mllm.GROUPING_PLAN, seed, steps))
+        return mllm.train_mllm(data, heldout, work=work, out=out / "mllm", plans=plans)
+    from prefgen.foundation import judge
+
+    return judge.train_judge(
+        data,
+        heldout,
+        vae=pipeline / "vae",
+        work=work,
+        out=out / "judge.safetensors",
+        plan=_plan(judge.PLAN, seed, steps),
+    )
+
+
+def _plan(plan: Any, seed: int, steps: int | None) -> Any:
+    return replace(plan, seed=seed, **({} if steps is None else {"steps": steps}))

@@ -1,0 +1,126 @@
+"""Captioned pictures from WebDataset shards, decoded once into an array on disk; captions drawn anew."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from prefgen.errors import DataError
+
+BARE_LIST_RATE = 0.15
+"""Share of captions that are a bare attribute list: without it the text space knows no attribute words."""
+
+EMPTY_RATE = 0.1
+"""Share of captions dropped when training for classifier-free guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedImages:
+    """Pictures with what they show.
+
+    Attributes:
+        images: uint8, shape (N, H, W, 3), mapped from disk.
+        prompts: subject phrase of each picture.
+        attributes: attribute words of each picture.
+        families: family of each subject.
+        groups: attribute words by group, as the shards' ``attributes.json`` says.
+        fingerprint: short hash of the shards, for the cards.
+    """
+
+    images: npt.NDArray[np.uint8]
+    prompts: tuple[str, ...]
+    attributes: tuple[tuple[str, ...], ...]
+    families: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.prompts)
+
+    def caption(self, index: int, *, rng: np.random.Generator, bare_rate: float = BARE_LIST_RATE) -> str:
+        """The subject and a random number of its attributes in random order, or a bare list of attributes."""
+        words = self.attributes[index]
+        order = [words[i] for i in rng.permutation(len(words)).tolist()]
+        if rng.random() < bare_rate and order:
+            return ", ".join(order[: int(rng.integers(1, len(order) + 1))])
+        return ", ".join([self.prompts[index], *order[: int(rng.integers(0, len(order) + 1))]])
+
+    def labels(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """Value index per group (N, groups), and the group names."""
+        names = tuple(self.groups)
+        place = {word: (g, v) for g, name in enumerate(names) for v, word in enumerate(self.groups[name])}
+        out = np.zeros((len(self), len(names)), dtype=np.int64)
+        for i, words in enumerate(self.attributes):
+            for word in words:
+                group, value = place[word]
+                out[i, group] = value
+        return out, names
+
+    def corpus(self, *, count: int, seed: int) -> Iterator[str]:
+        """``count`` drawn captions, for training a tokenizer."""
+        rng = np.random.default_rng(seed)
+        for index in rng.integers(len(self), size=count).tolist():
+            yield self.caption(index, rng=rng)
+
+
+def load_captioned(shards: Path, *, split: str, cache: Path) -> CaptionedImages:
+    """Read ``shards/<split>-*.tar``; decoded pixels are kept in ``cache`` and mapped from there next time.
+
+    Raises:
+        DataError: no such shards, a sample lacks its picture or caption, or the pictures differ in size.
+    """
+    tars = sorted(shards.glob(f"{split}-*.tar"))
+    if not tars:
+        raise DataError(
+            f"no shards {split}-*.tar at {shards}; make them with 'prefgen data drawings --out {shards}'"
+        )
+    fingerprint = hashlib.sha256(
+        "".join(f"{tar.name}{tar.stat().st_size}" for tar in tars).encode() + tars[0].read_bytes()
+    ).hexdigest()[:16]
+    groups = json.loads((shards / "attributes.json").read_text())["groups"]
+    pixels, about = cache / f"{split}-{fingerprint}.npy", cache / f"{split}-{fingerprint}.json"
+    if not (pixels.exists() and about.exists()):
+        cache.mkdir(parents=True, exist_ok=True)
+        _decode(tars, pixels=pixels, about=about)
+    records = json.loads(about.read_text())
+    return CaptionedImages(
+        images=np.load(pixels, mmap_mode="r", allow_pickle=False),
+        prompts=tuple(record["prompt"] for record in records),
+        attributes=tuple(tuple(record["attributes"]) for record in records),
+        families=tuple(record.get("family", "") for record in records),
+        groups={name: tuple(values) for name, values in groups.items()},
+        fingerprint=fingerprint,
+    )
+
+
+def _decode(tars: Sequence[Path], *, pixels: Path, about: Path) -> None:
+    records: list[dict[str, Any]] = []
+    arrays: list[npt.NDArray[np.uint8]] = []
+    for sample in tqdm(_samples(tars), unit="image", desc=f"reading {tars[0].parent}"):
+        if not {"webp", "json"} <= set(sample):
+            raise DataError(f"{sample['__url__']}: sample {sample['__key__']} lacks .webp or .json")
+        records.append(json.loads(sample["json"]))
+        arrays.append(np.asarray(Image.open(io.BytesIO(sample["webp"])).convert("RGB")))
+    if len({array.shape for array in arrays}) != 1:
+        raise DataError(f"{tars[0].parent}: pictures differ in size; expected one size for all")
+    np.save(pixels.with_suffix(".partial.npy"), np.stack(arrays))
+    pixels.with_suffix(".partial.npy").replace(pixels)
+    about.write_text(json.dumps(records))
+
+
+def _samples(tars: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    import webdataset
+
+    dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False, empty_check=False)
+    return cast(Iterator[dict[str, Any]], iter(dataset))

@@ -1,0 +1,147 @@
+"""The conditional UNet over frozen latents and text: v-prediction, zero terminal SNR, text drops for CFG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from prefgen.foundation.captioned import EMPTY_RATE, CaptionedImages
+from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.vae import pixels
+from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
+
+PLAN = LoopPlan(steps=9000, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500)
+BATCH_SIZE = 64
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Zero terminal SNR: without it the base cannot draw a black or a white page (arXiv 2305.08891)."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def build_unet(*, sample_size: int, cross_width: int) -> UNet2DConditionModel:
+    """Attention at 8 x 8 and 4 x 4, with four heads (diffusers calls their number attention_head_dim)."""
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(80, 128, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_width,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def encode_all(vae: AutoencoderKL, data: CaptionedImages) -> Tensor:
+    """Mean latents of all pictures in the UNet's scale, float16 (N, 4, h, w)."""
+    parts = []
+    for start in tqdm(range(0, len(data), 256), unit="batch", desc="encoding latents"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(pixels(data.images[start : start + 256])).latent_dist.mode()
+        parts.append((latents.float() * vae.config.scaling_factor).half())
+    return torch.cat(parts)
+
+
+def train_unet(data: CaptionedImages, *, parts: Path, work: Path, plan: LoopPlan = PLAN) -> dict[str, object]:
+    """Train over the VAE and text encoder in ``parts`` and complete the pipeline folder there.
+
+    Args:
+        data: captioned pictures.
+        parts: folder with ``vae``, ``tokenizer``, ``text_encoder``, ``image_encoder``,
+            ``feature_extractor``; receives ``unet``, ``scheduler`` and ``model_index.json``.
+        work: checkpoints and the latents' cache.
+        plan: length and rate.
+
+    Returns:
+        Figures for the card.
+    """
+    torch.manual_seed(plan.seed)
+    vae = AutoencoderKL.from_pretrained(parts / "vae", torch_dtype=torch.float32).eval()
+    text_encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
+    text_encoder.requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    cache = work / f"latents-{data.fingerprint}.pt"
+    if not cache.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        torch.save(encode_all(vae, data), cache)
+    latents: Tensor = torch.load(cache, weights_only=True)
+    unet = build_unet(sample_size=latents.shape[-1], cross_width=text_encoder.config.hidden_size)
+    scheduler = build_scheduler()
+    schedule = NoiseSchedule.of(scheduler)
+    loop = Loop(unet, plan=plan, folder=work)
+
+    def encode(captions: list[str]) -> Tensor:
+        ids = tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )["input_ids"]
+        with torch.no_grad():
+            hidden: Tensor = text_encoder(ids).last_hidden_state
+        return hidden
+
+    def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = rng.integers(len(data), size=BATCH_SIZE)
+        captions = ["" if rng.random() < EMPTY_RATE else data.caption(int(row), rng=rng) for row in rows]
+        clean = latents[torch.from_numpy(rows)].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = draw_timesteps(BATCH_SIZE, num_train_timesteps=len(schedule), generator=generator)
+        # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            noisy = schedule.add(clean, noise=noise, timesteps=timesteps)
+            predicted = unet(noisy, timesteps, encode(captions), return_dict=False)[0]
+        each = noise_loss(predicted, latents=clean, noise=noise, timesteps=timesteps, schedule=schedule)
+        return {"loss": each.mean()}
+
+    loop.run(loss, title="unet")
+    loop.use_average()
+    unet.eval().half().save_pretrained(parts / "unet")
+    scheduler.save_pretrained(parts / "scheduler")
+    write_model_index(parts)
+    return {
+        "gate": "an independent classifier of 32 evaluation subjects names at least half the pictures right",
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "history": loop.history,
+    }
+
+
+def write_model_index(parts: Path) -> None:
+    """The file by which diffusers knows the folder for a stock StableDiffusionPipeline."""
+    import diffusers
+
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": ["transformers", "CLIPImageProcessorPil"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (parts / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
