@@ -223,8 +223,8 @@ class DiffusionBundle:
         return LatentMoments(mean=posterior.mean, std=posterior.std)
 
     def draw_latents(self, moments: LatentMoments, *, noise: Tensor) -> Tensor:
-        """Latents (B,C,h,w) in the UNet's scale, drawn from ``moments`` with ``noise`` (B,C,h,w)."""
-        drawn = moments.mean + moments.std * noise.to(moments.mean)
+        """Latents (B,C,h,w) float32 in the UNet's scale, drawn from ``moments`` with ``noise`` (B,C,h,w)."""
+        drawn = moments.mean.float() + moments.std.float() * noise.to(moments.mean.device)
         return drawn.mul(self.vae.config.scaling_factor)
 
     def encode_latents(self, pixels: Tensor, *, generator: torch.Generator) -> Tensor:

@@ -23,9 +23,12 @@ class InjectDataConfig(DataConfig):
     cache: Literal["memory", "disk"] = "memory"
     """Hold all users' encoded pictures and embeddings in memory, or read each when it is needed."""
     cache_latents: bool = True
-    """Encode each picture and each prompt once and keep the result in memory."""
-    max_cached: int = 50000
-    """At most so many pictures' latents are kept; further ones are encoded each time."""
+    """Encode each picture once, by itself, and keep its latents in memory: pays off when a picture comes
+    up several times in the run."""
+    cache_text: bool = True
+    """Encode each prompt once, by itself, and keep the result in memory: pays off when prompts repeat."""
+    max_cached: int = 20000
+    """At most so many pictures, and so many prompts, are kept; further ones are encoded each time."""
     max_users: int = 0
     """Train on only the first so many users; 0 means all."""
     max_eval_users: int = 128

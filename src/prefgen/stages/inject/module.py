@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -29,6 +30,25 @@ from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, 
 ARTEFACT = "user_adapter.safetensors"
 
 _SAMPLE_SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """Targets on their way to noise.
+
+    Attributes:
+        latents: (B,C,h,w) clean.
+        noise: (B,C,h,w).
+        noisy: (B,C,h,w) what the UNet sees.
+        timesteps: (B,) int64.
+        text: encoded prompts.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    text: TextCondition
 
 
 class InjectModule(StageModule):
@@ -90,7 +110,7 @@ class InjectModule(StageModule):
     def training_step(self, batch: InjectBatch) -> Tensor:
         """Noise loss with drops; the users stay set until the next step, for gradient checkpointing."""
         keep = {name: batch.keep[:, index] for index, name in enumerate(PARTS)}
-        loss = self._losses(batch, users=self._tokens(batch, keep=keep)).mean()
+        loss = self._losses(self._noised(batch), users=self._tokens(batch, keep=keep)).mean()
         self.log("train/loss", loss.detach(), batch_size=len(batch.keys))
         return loss
 
@@ -104,11 +124,11 @@ class InjectModule(StageModule):
 
     def _measure(self, batch: InjectBatch, *, prefix: str) -> None:
         """The loss for the own user, for the next one of the batch, and for nobody (the base model)."""
-        own = self._tokens(batch)
+        noised, own = self._noised(batch), self._tokens(batch)
         for name, users in (("", own), ("_other", own.roll(1, dims=0)), ("_base", None)):
             if name == "_other" and len(own) == 1:
                 continue  # the next user would be the own one
-            loss = self._losses(batch, users=users).mean()
+            loss = self._losses(noised, users=users).mean()
             self.log(f"{prefix}/loss{name}", loss, batch_size=len(batch.keys), sync_dist=True)
         self.adapter.attention.clear()
 
@@ -117,25 +137,33 @@ class InjectModule(StageModule):
         kept = None if keep is None else {name: keep[name] for name in parts}
         return self.adapter.tokens(parts, keep=kept)
 
-    def _losses(self, batch: InjectBatch, *, users: Tensor | None) -> Tensor:
-        """(B,) float32 noise losses; ``users`` (B,N,Dcross), or None for the base model."""
-        bundle, schedule = self.bundle, self.bundle.schedule
+    def _noised(self, batch: InjectBatch) -> Noised:
+        """The targets of a batch, noised as each example's seed and time say."""
+        schedule = self.bundle.schedule
         draw = draw_noise(batch.noise_seeds, shape=self._latent_shape(batch))
         noise = draw.noise.to(self.device)
         timesteps = (batch.times * len(schedule)).long()
-        latents = bundle.draw_latents(self.moments(batch), noise=draw.posterior_noise.to(self.device)).float()
-        noisy = schedule.add(latents, noise=noise, timesteps=timesteps)
+        latents = self.bundle.draw_latents(self.moments(batch), noise=draw.posterior_noise)
+        return Noised(
+            latents=latents,
+            noise=noise,
+            noisy=schedule.add(latents, noise=noise, timesteps=timesteps),
+            timesteps=timesteps,
+            text=self.texts(batch.prompts),
+        )
+
+    def _losses(self, noised: Noised, *, users: Tensor | None) -> Tensor:
+        """(B,) float32 noise losses; ``users`` (B,N,Dcross), or None for the base model."""
         if users is None:
             self.adapter.attention.clear()
         else:
             self.adapter.attention.set(users, user_scale=1.0)
-        prediction = bundle.denoise(noisy, timesteps=timesteps, text=self.texts(batch.prompts))
         return noise_loss(
-            prediction,
-            latents=latents,
-            noise=noise,
-            timesteps=timesteps,
-            schedule=schedule,
+            self.bundle.denoise(noised.noisy, timesteps=noised.timesteps, text=noised.text),
+            latents=noised.latents,
+            noise=noised.noise,
+            timesteps=noised.timesteps,
+            schedule=self.bundle.schedule,
             min_snr_gamma=self.config.inject.min_snr_gamma,
         )
 
@@ -169,12 +197,17 @@ class InjectModule(StageModule):
     def texts(self, prompts: Sequence[str]) -> TextCondition:
         """Encoded prompts, an empty one as no prompt is at generation; kept as :meth:`moments` are."""
         with torch.autocast(self.device.type, enabled=False):
-            if not self.config.data.cache_latents:
+            if not self.config.data.cache_text:
                 return self._encode_prompts(prompts)
-            for prompt in prompts:
-                if prompt not in self._texts:
-                    self._texts[prompt] = self._encode_prompts([prompt])
-        return TextCondition.cat([self._texts[prompt] for prompt in prompts])
+            return TextCondition.cat([self._text(prompt) for prompt in prompts])
+
+    def _text(self, prompt: str) -> TextCondition:
+        if prompt in self._texts:
+            return self._texts[prompt]
+        text = self._encode_prompts([prompt])
+        if len(self._texts) < self.config.data.max_cached:
+            self._texts[prompt] = text
+        return text
 
     def _encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         text, nothing = self.bundle.encode_text(prompts), self.bundle.encode_nothing(1)
