@@ -84,6 +84,8 @@ def test_fit_validate_and_test_from_config_to_artefact(make_config, inputs):
     text = json.dumps(record)
     for name in ("val/mmd2", "val/recall_1", "val/permuted_recall_10_high", "val/separability", "test/mmd2"):
         assert name in text
+    # Two orders of one hue are one text, so the ceiling here is what equal texts of several users leave.
+    assert record["fit"]["val/ceiling_recall_1"] >= record["fit"]["val/chance_1"]
     assert all(math.isfinite(value) for value in _numbers(record))
 
     words = json.loads((run_dir / "attributes-val.json").read_text())["attributes"]

@@ -52,6 +52,7 @@ class EvaluationBatch(NamedTuple):
     Attributes:
         sem: (V,Dsem) first reference draw.
         text: (V,Dtext) first order.
+        same_text: (V,Dtext) the same attributes in another order.
         labels: (V,A) booleans, user likes attribute.
         train_sem: (N,Dsem).
         train_labels: (N,A).
@@ -59,6 +60,7 @@ class EvaluationBatch(NamedTuple):
 
     sem: Tensor
     text: Tensor
+    same_text: Tensor
     labels: Tensor
     train_sem: Tensor
     train_labels: Tensor
@@ -259,9 +261,11 @@ class AlignData(LightningDataModule):
         """Everything measured on the users of a split."""
         users, train = self._users(split), self._splits["train"]
         words = self.attribute_names
+        texts = self._encode(split, orders=2)
         return EvaluationBatch(
             sem=users.first_draws(),
-            text=self._encode(split, orders=1)[:, 0],
+            text=texts[:, 0],
+            same_text=texts[:, 1],
             labels=_labels(users, words=words),
             train_sem=train.first_draws(PROBE_USERS),
             train_labels=_labels(train, words=words)[:PROBE_USERS],

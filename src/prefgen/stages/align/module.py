@@ -133,7 +133,7 @@ class AlignModule(StageModule):
             estimator="unbiased",
         )
         figures = {"mmd2": float(whole), "num_users": float(len(text))}
-        figures |= _retrieval_figures(aligned, text, seed=seed)
+        figures |= _retrieval_figures(aligned, text, same_text=batch.same_text.float().cpu(), seed=seed)
         figures |= _shape_figures(sem, aligned, text, num_neighbours=self.config.evaluation.num_neighbours)
         figures["separability"] = alignment.separability(aligned, text, seed=seed)
         return figures
@@ -244,16 +244,21 @@ def _area(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else round(float(value), 4)
 
 
-def _retrieval_figures(aligned: Tensor, text: Tensor, *, seed: int) -> dict[str, float]:
-    own = alignment.retrieval(aligned, text, seed=seed)
+def _retrieval_figures(aligned: Tensor, text: Tensor, *, same_text: Tensor, seed: int) -> dict[str, float]:
+    """Own texts, wrong texts as control, and, as ceiling, the own text found by itself in another order."""
     wrong = alignment.derangement(len(text), seed=seed)
-    permuted = alignment.retrieval(aligned, text[wrong], seed=seed)
-    figures = {"chance_1": own.chance_1, "chance_10": own.chance_10}
-    for name, result in (("recall", own), ("permuted_recall", permuted)):
+    results = {
+        "recall": alignment.retrieval(aligned, text, seed=seed),
+        "permuted_recall": alignment.retrieval(aligned, text[wrong], seed=seed),
+        "ceiling_recall": alignment.retrieval(same_text, text, seed=seed),
+    }
+    figures: dict[str, float] = {}
+    for name, result in results.items():
         for depth, estimate in ((1, result.recall_1), (10, result.recall_10)):
             figures[f"{name}_{depth}"] = estimate.mean
             figures[f"{name}_{depth}_low"] = estimate.low
             figures[f"{name}_{depth}_high"] = estimate.high
+        figures |= {"chance_1": result.chance_1, "chance_10": result.chance_10}
     return figures
 
 
