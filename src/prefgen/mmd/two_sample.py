@@ -46,7 +46,7 @@ class PermutationSums:
     blocks follow from ``K 1``: one product per symmetric tile for all permutations together.
 
     Args:
-        labels: (P + 1, n) float32, 1 where a pooled row belongs to x; row 0 is the true split.
+        labels: (P + 1, n) bool or float, 1 where a pooled row belongs to x; row 0 is the true split.
     """
 
     def __init__(self, labels: Tensor) -> None:
@@ -58,15 +58,15 @@ class PermutationSums:
 
     def add(self, values: Tensor, i: slice, j: slice) -> None:
         """One tile (I, J), hollow on the diagonal; tiles below it are not visited."""
-        labels = self.labels
-        product = dots(labels[:, j].contiguous(), values)
-        inside = (product * labels[:, i]).sum(1).double()
+        left, right = (self.labels[:, part].to(values.dtype) for part in (i, j))
+        product = dots(right.contiguous(), values)
+        inside = (product * left).sum(1).double()
         self.inside += inside if i == j else 2.0 * inside
         self.row[i] += values.sum(1)
         self.row_x[i] += product[0]
         if i != j:
             self.row[j] += values.sum(0)
-            self.row_x[j] += labels[0, i] @ values
+            self.row_x[j] += left[0] @ values
 
     def result(self) -> TestResult:
         """All statistics from the sums."""

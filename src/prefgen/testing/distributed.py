@@ -26,6 +26,19 @@ def free_port() -> int:
     return port
 
 
+def _context() -> Any:
+    """Processes forked from one server that has torch loaded: importing it per rank takes most of a test.
+
+    The server itself has no threads and no process group, so forking it is safe; forking the test process
+    is not. Its environment is the one of the first call: pass settings as arguments, not as variables.
+    """
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo"])
+    return context
+
+
 def run_distributed(
     function: Callable[..., object], world_size: int, *args: object, timeout: float = 120.0
 ) -> list[Any]:
@@ -45,7 +58,7 @@ def run_distributed(
         RuntimeError: a rank raised (its traceback is in the message), or the time was up.
     """
     with tempfile.TemporaryDirectory(prefix="prefgen-ranks-") as folder:
-        context = mp.get_context("spawn")
+        context = _context()
         port = free_port()
         workers = [
             context.Process(target=_worker, args=(rank, world_size, port, folder, timeout, function, args))
