@@ -1,5 +1,5 @@
 # make test and make demo bootstrap their environment by themselves.
-# Another torch build:   make test PIP_ARGS="--index-url https://download.pytorch.org/whl/cu130"
+# Another torch build:   make test PIP_ARGS="--index-url URL"
 # Another environment:   make test VENV=/path/to/venv
 
 PYTHON ?= python3
@@ -45,7 +45,8 @@ format: $(STAMP)  ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-foundation: $(STAMP)  ## train the mini foundation anew (hours; resumable)
+foundation: $(STAMP)  ## draw its pictures and train the mini foundation anew (hours; resumable)
+	test -d work/foundation/drawings || $(BIN)/prefgen data drawings --out work/foundation/drawings
 	$(BIN)/python tools/train_foundation.py
 
 clean:  ## delete what tests and builds left behind; keeps the environment and work/

@@ -25,9 +25,9 @@ from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
-PLAN = LoopPlan(steps=1600, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema=0.998)
-BATCH_SIZE = 192
+PLAN = LoopPlan(batch_size=192, steps=1600, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema=0.998)
 MAX_TOKENS = 32
+REPORTED = 256
 VOCABULARY = 1024
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -62,7 +62,7 @@ def build_clip(*, vocab_size: int, eos_token_id: int, image_size: int) -> CLIPMo
 
 def normalised(images: npt.NDArray[np.uint8]) -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) as the saved image processor makes it."""
-    moved = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    moved = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return moved.float().contiguous() / 127.5 - 1.0
 
 
@@ -103,21 +103,21 @@ def train_clip(
         return logits
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
-        chosen = np.sort(rng.integers(len(data), size=BATCH_SIZE))
+        chosen = np.sort(rng.integers(len(data), size=plan.batch_size))
         logits = scores(data.images[chosen], [data.caption(int(i), rng=rng) for i in chosen])
-        same = torch.arange(BATCH_SIZE)
+        same = torch.arange(plan.batch_size)
         both = nn.functional.cross_entropy(logits, same) + nn.functional.cross_entropy(logits.T, same)
         return {"loss": both / 2}
 
     def report() -> dict[str, float]:
-        texts = [", ".join((p, *a)) for p, a in zip(heldout.prompts[:256], heldout.attributes, strict=False)]
-        subjects = list(heldout.prompts[:256])
-        full = scores(heldout.images[:256], texts)
+        count = min(REPORTED, len(heldout))
+        shown, subjects = heldout.images[:count], heldout.prompts[:count]
+        texts = [", ".join((p, *a)) for p, a in zip(subjects, heldout.attributes, strict=False)]
+        own = scores(shown, texts).argmax(dim=1) == torch.arange(count)
         names = sorted(set(heldout.prompts))
-        named = scores(heldout.images[:256], names).argmax(dim=1)
-        right = [names[int(i)] == subject for i, subject in zip(named, subjects, strict=True)]
-        hits = (full.argmax(dim=1) == torch.arange(256)).float().mean()
-        return {"retrieval": float(hits), "subject_accuracy": float(np.mean(right))}
+        named = scores(shown, names).argmax(dim=1).tolist()
+        right = [names[index] == subject for index, subject in zip(named, subjects, strict=True)]
+        return {"retrieval": float(own.float().mean()), "subject_accuracy": float(np.mean(right))}
 
     loop.run(loss, report=report, title="clip")
     loop.use_average()

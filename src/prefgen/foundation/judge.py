@@ -15,8 +15,7 @@ from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
 from prefgen.foundation.vae import pixels, reconstruct
 
-PLAN = LoopPlan(steps=3000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
-BATCH_SIZE = 96
+PLAN = LoopPlan(batch_size=96, steps=3000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
 
 
 def train_judge(
@@ -52,8 +51,8 @@ def train_judge(
     loop = Loop(judge, plan=plan, folder=work)
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
-        rows = rng.integers(len(data), size=BATCH_SIZE)
-        half = BATCH_SIZE // 2
+        rows = rng.integers(len(data), size=plan.batch_size)
+        half = plan.batch_size // 2
         images = np.concatenate([data.images[np.sort(rows[:half])], restored[np.sort(rows[half:])]])
         rows = np.concatenate([np.sort(rows[:half]), np.sort(rows[half:])])
         with torch.autocast("cpu", torch.bfloat16):

@@ -34,6 +34,7 @@ class LoopPlan:
 
     Attributes:
         steps: optimizer steps in all.
+        batch_size: pictures (or episodes) a step.
         learning_rate: peak; linear warm-up, then cosine to a tenth.
         warmup: steps of warm-up.
         weight_decay: AdamW's.
@@ -44,6 +45,7 @@ class LoopPlan:
     """
 
     steps: int
+    batch_size: int
     learning_rate: float
     warmup: int = 200
     weight_decay: float = 0.01

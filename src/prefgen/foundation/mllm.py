@@ -49,10 +49,8 @@ SPEC = MLLMSpec(
     text_intermediate=512,
     max_positions=512,
 )
-CAPTION_PLAN = LoopPlan(steps=1500, learning_rate=1.2e-3, warmup=150, weight_decay=0.05)
-GROUPING_PLAN = LoopPlan(steps=4000, learning_rate=8e-4, warmup=200, weight_decay=0.05)
-CAPTION_BATCH = 64
-EPISODES = 32
+CAPTION_PLAN = LoopPlan(batch_size=64, steps=1500, learning_rate=1.2e-3, warmup=150, weight_decay=0.05)
+GROUPING_PLAN = LoopPlan(batch_size=32, steps=4000, learning_rate=8e-4, warmup=200, weight_decay=0.05)
 CAPTIONS_KEPT = 8
 STAGES: tuple[tuple[float, Difficulty], ...] = (
     (0.15, Difficulty(min_groups=1, max_groups=2, num_values=1)),
@@ -70,7 +68,9 @@ def build(data: CaptionedImages, *, seed: int) -> MLLM:
     words += [part for wording in WORDINGS for part in (*wording[:3], *wording[3])]
     corpus = [*data.corpus(count=20_000, seed=seed), *(words * 50)]
     tokenizer = train_tokenizer(corpus, vocab_size=1024)
-    spec = replace(SPEC, image_size=data.images.shape[1])
+    side = data.images.shape[1]
+    # as many patches merged as there are: ONE token an image
+    spec = replace(SPEC, image_size=side, scale_factor=side // SPEC.patch_size)
     return build_mllm(tokenizer, spec=spec, seed=seed)
 
 
@@ -84,16 +84,17 @@ def train_captions(
         items = [caption_item(source, int(row), feature=i, rng=rng) for i, row in enumerate(rows)]
         batch = pack_batch(mllm.encoder, items=items)
         with torch.autocast("cpu", torch.bfloat16):
-            features = mllm.encode_pixels(mllm.pixels(np.ascontiguousarray(source.images[rows])))
+            features = mllm.encode_pixels(mllm.pixels(np.array(source.images[rows])))
             return mllm.answer_loss(batch, image_features=features)
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
-        rows = np.sort(rng.integers(len(data), size=CAPTION_BATCH))
+        rows = np.sort(rng.integers(len(data), size=plan.batch_size))
         return {"loss": losses(data, rows, rng)}
 
     def report() -> dict[str, float]:
-        value = losses(heldout, np.arange(256), np.random.default_rng(0))
-        return {"heldout_loss": float(value), "naming": naming_accuracy(mllm, heldout, count=256)}
+        count = min(256, len(heldout))
+        value = losses(heldout, np.arange(count), np.random.default_rng(0))
+        return {"heldout_loss": float(value), "naming": naming_accuracy(mllm, heldout, count=count)}
 
     return loop.run(loss, report=report, title="mllm captions")
 
@@ -105,7 +106,7 @@ def naming_accuracy(mllm: MLLM, data: CaptionedImages, *, count: int) -> float:
     items = [replace(item, questions=item.questions[2:]) for item in items]
     batch = pack_batch(mllm.encoder, items=items)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        features = mllm.encode_images(np.ascontiguousarray(data.images[:count]))
+        features = mllm.encode_images(np.array(data.images[:count]))
         hidden = mllm.hidden(batch, image_features=features)
         right = mllm.logits_at(hidden, batch.predictors).argmax(dim=-1) == batch.targets
     wrong = torch.zeros(batch.num_questions).index_add_(0, batch.target_questions, (~right).float())
@@ -117,7 +118,7 @@ def cache_features(mllm: MLLM, images: npt.NDArray[np.uint8], *, title: str) -> 
     parts = []
     for start in tqdm(range(0, len(images), 512), unit="batch", desc=f"encoding {title}"):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(mllm.encode_images(np.ascontiguousarray(images[start : start + 512])).bfloat16())
+            parts.append(mllm.encode_images(np.array(images[start : start + 512])).bfloat16())
     return torch.cat(parts)
 
 
@@ -140,7 +141,7 @@ def train_grouping(
 
     def loss(step: int, rng: np.random.Generator, _: torch.Generator) -> dict[str, Tensor]:
         difficulty = next(d for share, d in STAGES if step < share * plan.steps)
-        episodes = [draw_episode(index, difficulty=difficulty, rng=rng) for _ in range(EPISODES)]
+        episodes = [draw_episode(index, difficulty=difficulty, rng=rng) for _ in range(plan.batch_size)]
         rows = rng.integers(len(data), size=CAPTIONS_KEPT)
         items = [episode.item for episode in episodes]
         items += [caption_item(data, int(row), feature=int(row), rng=rng) for row in rows]

@@ -18,8 +18,9 @@ from prefgen.foundation.loop import Loop, LoopPlan
 from prefgen.foundation.vae import pixels
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
 
-PLAN = LoopPlan(steps=9000, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500)
-BATCH_SIZE = 64
+PLAN = LoopPlan(
+    batch_size=64, steps=9000, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500
+)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -103,11 +104,11 @@ def train_unet(data: CaptionedImages, *, parts: Path, work: Path, plan: LoopPlan
         return hidden
 
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = rng.integers(len(data), size=BATCH_SIZE)
+        rows = rng.integers(len(data), size=plan.batch_size)
         captions = ["" if rng.random() < EMPTY_RATE else data.caption(int(row), rng=rng) for row in rows]
         clean = latents[torch.from_numpy(rows)].float()
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = draw_timesteps(BATCH_SIZE, num_train_timesteps=len(schedule), generator=generator)
+        timesteps = draw_timesteps(plan.batch_size, num_train_timesteps=len(schedule), generator=generator)
         # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             noisy = schedule.add(clean, noise=noise, timesteps=timesteps)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
 
-PLAN = LoopPlan(steps=1500, learning_rate=2e-3, ema=0.998, weight_decay=0.0)
-BATCH_SIZE = 32
+PLAN = LoopPlan(batch_size=32, steps=1500, learning_rate=2e-3, ema=0.998, weight_decay=0.0)
 KL_WEIGHT = 1e-5
 
 
@@ -38,7 +37,7 @@ def pixels(images: npt.NDArray[np.uint8]) -> Tensor:
 
     Contiguous: on a CPU, group norm in channels last took twice as long.
     """
-    moved = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    moved = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return moved.float().contiguous(memory_format=torch.contiguous_format) / 127.5 - 1.0
 
 
@@ -79,7 +78,7 @@ def train_vae(
     probe = heldout.images[:256]
 
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = np.sort(rng.integers(len(data), size=BATCH_SIZE))
+        chosen = np.sort(rng.integers(len(data), size=plan.batch_size))
         target = pixels(data.images[chosen])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist

