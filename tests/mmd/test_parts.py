@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
 
 from mmd.reference import kernel_value
 from prefgen.mmd import (
@@ -120,9 +119,8 @@ def test_level_of_the_permutation_test():
     for seed in range(500):
         x, y = draw(14, 11, width=4, seed=seed, shift=0.0, dtype=torch.float32)
         rejections += mmd_test(x, y, permutations=99, seed=10_000 + seed).p_value <= 0.05
+    # 97.6 % of binomial(500, 0.05); the seeds are fixed, so this passes or fails for good.
     assert 15 <= rejections <= 36, rejections
-    # The band is a 95 % interval of 500 draws at 5 %.
-    assert binom(500, 0.05).cdf(36) - binom(500, 0.05).cdf(14) > 0.95
 
 
 def test_power_of_the_permutation_test():

@@ -127,7 +127,7 @@ def _rows(
         spec=spec,
     )  # fmt: skip
     log_once(choice)
-    with matmul_precision(choice.precision):
+    with matmul_precision(choice.precision, device=x.device):
         problem = make_problem(x, y, wx, wy, sigma, coefs, spec=spec, own_x=left.own, own_y=right.own)
         sums = make_pass(problem, choice=choice).run()
         dist.all_reduce(sums.terms, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,6 +161,35 @@ def resolve_mixture(
     Raises:
         MMDError: a number is not positive, a name unknown, or the counts differ.
     """
+    if (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not isinstance(bandwidth, (str, Tensor))
+    ):
+        numbers = tuple(bandwidth) if isinstance(bandwidth, Sequence) else (bandwidth,)
+        shares = coefs if isinstance(coefs, str) else tuple(coefs)
+        return _host_mixture(numbers, None if multipliers is None else tuple(multipliers), shares)
+    return _mixture(x, y, bandwidth=bandwidth, multipliers=multipliers, coefs=coefs)
+
+
+@functools.lru_cache(maxsize=64)
+def _host_mixture(
+    numbers: tuple[float, ...], multipliers: tuple[float, ...] | None, coefs: str | tuple[float, ...]
+) -> Mixture:
+    """Explicit numbers on the CPU: the same few tensors at every step of a training, so they are kept."""
+    none = torch.empty(0, 1)
+    return _mixture(none, none, bandwidth=numbers, multipliers=multipliers, coefs=coefs)
+
+
+def _mixture(
+    x: Tensor,
+    y: Tensor,
+    *,
+    bandwidth: Bandwidth,
+    multipliers: Sequence[float] | None,
+    coefs: str | Sequence[float],
+) -> Mixture:
     base, host = _base(x, y, bandwidth)
     if multipliers is None:
         multipliers = DEFAULT_MULTIPLIERS if isinstance(bandwidth, str) else (1.0,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,10 @@ def evaluate(
         blocks=spec.blocks,
     )
     log_once(choice)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), matmul_precision(choice.precision):
+    # Switching autocast off takes time that a small problem feels, so only where it is on.
+    casting = torch.is_autocast_enabled(x.device.type)
+    plain = torch.autocast(x.device.type, enabled=False) if casting else contextlib.nullcontext()
+    with torch.no_grad(), plain, matmul_precision(choice.precision, device=x.device):
         value, grad_x, grad_y = _run(x.detach(), y.detach(), wx, wy, sigma, coefs, spec=spec, choice=choice)
     return value, _cast(grad_x, x), _cast(grad_y, y)
 
@@ -63,12 +68,12 @@ def _run(
     ):
         value, grad = small_pass(
             x, y, sigma, coefs, chain=spec.chain, unbiased=spec.estimator == "unbiased", terms=spec.terms,
-            slopes=spec.need_x or spec.need_y,
+            need_x=spec.need_x, need_y=spec.need_y,
         )  # fmt: skip
         if grad is None:
             return value, None, None
-        grad_x, grad_y = torch.split(grad, [x.shape[0], y.shape[0]])
-        return value, grad_x if spec.need_x else None, grad_y if spec.need_y else None
+        n = x.shape[0]
+        return value, grad[:n] if spec.need_x else None, grad[n:] if spec.need_y else None
     problem = make_problem(x, y, wx, wy, sigma, coefs, spec=spec)
     sums = make_pass(problem, choice=choice).run()
     value = assemble_value(problem, sums.terms)

@@ -54,6 +54,11 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
     return _linear(a, b) if _onednn(a) else a @ b.T
 
 
+def product(a: Tensor, rows: Tensor) -> Tensor:
+    """(I, J) @ (J, D)."""
+    return _linear(a, rows.T) if _onednn(a) else a @ rows
+
+
 def subtract_product(total: Tensor, gains: Tensor, rows: Tensor, *, sign: float) -> None:
     """``total -= sign * gains @ rows`` in place; (I, D), (I, J), (J, D)."""
     if _onednn(gains):
@@ -63,12 +68,12 @@ def subtract_product(total: Tensor, gains: Tensor, rows: Tensor, *, sign: float)
 
 
 @contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str, *, device: torch.device) -> Iterator[None]:
     """Hold cuBLAS to the asked precision: "tf32" and "bf16" allow TF32, everything else is exact.
 
     The global switch is put back afterwards; following it silently would turn a metric into a TF32 metric.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         yield
         return
     before = torch.backends.cuda.matmul.fp32_precision

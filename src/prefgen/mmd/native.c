@@ -193,10 +193,10 @@ void prefgen_mmd_small(float *dots, int64_t n, int64_t m, int64_t d, double *wor
 /* total holds slopes @ z (own slopes negative, cross positive) and becomes the gradient of the stacked rows.
  * constants: slope / n, slope / m, then scales of xx, yy, xy. */
 void prefgen_mmd_finish(float *total, const float *z, int64_t n, int64_t m, int64_t d, const double *work,
-                        const double *constants) {
+                        const double *constants, int32_t both) {
     const double *rest_x = work + 2 * d, *rest_y = work + 3 * d, *gap = work + 4 * d;
     const double *own = gap + d + 2 * (n + m), *cross = own + n + m;
-    for (int64_t i = 0; i < n + m; ++i) {
+    for (int64_t i = 0; i < (both ? n + m : n); ++i) {
         const int first = i < n;
         const double even = constants[first ? 0 : 1], scale = constants[first ? 2 : 3], mixed = constants[4];
         const float along = (float)(-own[i] - cross[i] + even * (scale - mixed));

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from prefgen.mmd.gemm import dots
+from prefgen.mmd.gemm import dots, product
 from prefgen.mmd.kernels import CHAIN_REACH
 from prefgen.mmd.native import MAX_LEVELS, native_status
 
@@ -49,9 +49,11 @@ def small_pass(
     chain: bool,
     unbiased: bool,
     terms: tuple[float, float, float],
-    slopes: bool,
+    need_x: bool,
+    need_y: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(4,) float64 value, xx, yy, xy; and the gradient of the stacked rows (N + M, D) if ``slopes``."""
+    """(4,) float64 value, xx, yy, xy; and the gradient of the stacked rows (N + M, D), or of the first N."""
+    slopes = need_x or need_y
     library = native_status().library
     assert library is not None
     left, right = x.detach().contiguous(), y.detach().contiguous()
@@ -93,10 +95,13 @@ def small_pass(
     out = torch.tensor([value, *(means[t] + constant * terms[t] for t in range(3))], dtype=torch.float64)
     if not slopes:
         return out, None
-    total = tile @ z
+    # A gradient by x alone needs the first rows only, and one by y alone is rare enough to pay for both.
+    total = product(tile if need_y else tile[:n], z)
     even = 4.0 * math.fsum(gains)
     constants = (ctypes.c_double * 5)(even / n, even / m, *scales)
-    library.prefgen_mmd_finish(_at(total), _at(z), _count(n), _count(m), _count(width), _at(work), constants)
+    library.prefgen_mmd_finish(
+        _at(total), _at(z), _count(n), _count(m), _count(width), _at(work), constants, int(need_y)
+    )
     return out, total
 
 
