@@ -15,6 +15,7 @@ from prefgen.errors import DataError
 from prefgen.models.mllm import MLLM
 from prefgen.models.packing import PackItem, pack_batch
 from prefgen.models.questions import YES_NO, UserRows, draw_queries, history_pieces, like_question
+from prefgen.schema import UserHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +95,50 @@ def like_accuracy(
     )
 
 
-def _draw(
-    user: UserRows, *, num_references: tuple[int, int], num_queries: int, seed: int
-) -> tuple[list[str | int], list[tuple[int, bool]]]:
-    history = user.history
+@dataclass(frozen=True, kw_only=True)
+class LikeDraw:
+    """What one user is asked: positions within the two sides of the history.
+
+    Attributes:
+        liked: liked references, in prompt order.
+        disliked: disliked references, in prompt order.
+        disliked_first: which side the prompt begins with.
+        queries: (is it liked, position) of each image asked about; none is a reference.
+    """
+
+    liked: tuple[int, ...]
+    disliked: tuple[int, ...]
+    disliked_first: bool
+    queries: tuple[tuple[bool, int], ...]
+
+
+def draw_like(
+    history: UserHistory, *, num_references: tuple[int, int], num_queries: int, seed: int
+) -> LikeDraw:
+    """The references and queries of :func:`like_accuracy`: a pure function of seed and user."""
     rng = np.random.default_rng([seed, zlib.crc32(history.user_id.encode())])
     liked, disliked = (
         rng.permutation(size)[: min(count, max(size - 1, 0))].tolist()
         for size, count in zip((len(history.liked), len(history.disliked)), num_references, strict=True)
     )
-    pieces = history_pieces(
-        user.rows("liked", positions=liked),
-        disliked=user.rows("disliked", positions=disliked),
-        disliked_first=bool(rng.integers(2)),
-    )
+    disliked_first = bool(rng.integers(2))
     queries = draw_queries(history, liked=liked, disliked=disliked, count=num_queries, rng=rng)
+    return LikeDraw(
+        liked=tuple(liked), disliked=tuple(disliked), disliked_first=disliked_first, queries=tuple(queries)
+    )
+
+
+def _draw(
+    user: UserRows, *, num_references: tuple[int, int], num_queries: int, seed: int
+) -> tuple[list[str | int], list[tuple[int, bool]]]:
+    drawn = draw_like(user.history, num_references=num_references, num_queries=num_queries, seed=seed)
+    pieces = history_pieces(
+        user.rows("liked", positions=drawn.liked),
+        disliked=user.rows("disliked", positions=drawn.disliked),
+        disliked_first=drawn.disliked_first,
+    )
     asked = [
         (user.rows("liked" if is_liked else "disliked", positions=[position])[0], is_liked)
-        for is_liked, position in queries
+        for is_liked, position in drawn.queries
     ]
     return pieces, asked

@@ -1,0 +1,194 @@
+"""What can be set for ``prefgen evaluate``. No torch here: it is checked before anything heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from prefgen.config import RequiredInput, at_least, build_config, given, preset_file, require
+
+
+@dataclass
+class EvaluateDataConfig:
+    """The unseen users."""
+
+    shards: str = "${workdir}/shards"
+    """Folder of history shards; the users of split test are evaluated."""
+    embeddings: str = "${workdir}/embeddings"
+    """Folder of embedding shards, written by 'prefgen predict --stage probe'."""
+    feature_cache: str = "${workdir}/features"
+    """Folder where image features are shared with stages vqa and probe; empty keeps them in memory only."""
+
+
+@dataclass
+class EvaluateModelConfig:
+    """The trained artefacts, the models below them, and the judge."""
+
+    pipeline: str = "asset:mini/pipeline"
+    """Folder of the diffusers pipeline."""
+    mllm: str = "asset:mini/mllm"
+    """Folder or hub id of the multimodal LLM."""
+    judge: str = "asset:mini/judge.safetensors"
+    """The judge: reads subject and attributes, and trained none of the models here."""
+    lora: str = "${workdir}/vqa/lora"
+    """Artefact of stage vqa."""
+    probe: str = "${workdir}/probe/probe.json"
+    """Artefact of stage probe; its heat maps lie beside it."""
+    align: str = "${workdir}/align"
+    """Run folder of stage align, with its projector."""
+    align_independent: str = "${workdir}/align_independent"
+    """Run folder of a second fit of align with align.pairing=independent; reported as missing if absent."""
+    inject: str = "${workdir}/inject"
+    """Run folder of stage inject, with its user adapter."""
+    inject_image_only: str = "${workdir}/inject_image_only"
+    """Run folder of the separate image-only adapter; empty leaves the comparison out."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of UNet and MLLM; text encoder, VAE and judge always work in float32."""
+    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
+    """Layout of the convolutions."""
+
+
+@dataclass
+class EvaluateSection:
+    """How many users, pictures and questions."""
+
+    num_users: int = 64
+    """Test users to draw for; fewer if there are fewer."""
+    num_prompts: int = 2
+    """Prompts a user, each drawn under every condition from the same noise."""
+    num_draws: int = 1
+    """Reference draws whose mean is the profile; the pictures of a draw's references are not shown again."""
+    user_scale: float = 1.0
+    """Strength of the user branch."""
+    num_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; 1 or less switches it off."""
+    batch_size: int = 64
+    """Pictures drawn at a time; another number may change last bits."""
+    num_questions: int = 8
+    """Like-or-dislike questions a user."""
+    num_references: int = 8
+    """Liked and disliked images each behind a question."""
+    max_asked_users: int = 0
+    """Ask about only the first so many test users; 0 means all."""
+    max_judged_images: int = 2000
+    """Drawings of test users on which the judge itself is measured."""
+    minimum_accuracy: float = 0.8
+    """Attributes the judge reads less often on the VAE round trip leave the judged set."""
+    num_resamples: int = 2000
+    """Bootstrap resamplings of users behind each interval."""
+    num_shown_users: int = 4
+    """Users shown in the report, the first ones of the split."""
+    num_worst_users: int = 3
+    """Users shown because their own pictures gained least over the base model's."""
+    attribution: str = ""
+    """A line about who made the pictures, for the report."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("evaluate.num_users", self.num_users, minimum=2)
+        for name in ("num_prompts", "num_draws", "num_steps", "batch_size", "num_questions"):
+            at_least(f"evaluate.{name}", getattr(self, name), minimum=1)
+        for name in ("num_references", "max_judged_images"):
+            at_least(f"evaluate.{name}", getattr(self, name), minimum=1)
+        for name in ("max_asked_users", "num_shown_users", "num_worst_users"):
+            at_least(f"evaluate.{name}", getattr(self, name), minimum=0)
+        at_least("evaluate.num_resamples", self.num_resamples, minimum=100)
+        if given(self.minimum_accuracy):
+            require(
+                0 <= self.minimum_accuracy <= 1,
+                f"evaluate.minimum_accuracy={self.minimum_accuracy} must lie between 0 and 1",
+            )
+
+
+@dataclass
+class EvaluateConfig:
+    """Configuration of ``prefgen evaluate``."""
+
+    workdir: str = "work/mini"
+    """Folder in which the four stages were fitted."""
+    out: str = "${workdir}/report"
+    """Folder of metrics.json, timing.json and report.html; an older report there is replaced."""
+    seed: int = 0
+    """Seed of prompts, noise, who is whose other user, and of every interval."""
+    num_threads: int | None = None
+    """Threads of torch on the CPU; null leaves torch's own choice."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    model: EvaluateModelConfig = field(default_factory=EvaluateModelConfig)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("num_threads", self.num_threads, minimum=1)
+        at_least("seed", self.seed, minimum=0)
+
+    def required_inputs(self) -> tuple[RequiredInput, ...]:
+        """Everything without which there is nothing to evaluate, in the order it is made."""
+        model, work = self.model, f"workdir={self.workdir}"
+        rows = [
+            ("data.shards", self.data.shards, "history shards", "prefgen data build", "index.json"),
+            ("model.mllm", model.mllm, "multimodal LLM", "make foundation", ""),
+            ("model.pipeline", model.pipeline, "diffusers pipeline", "make foundation", "model_index.json"),
+            ("model.judge", model.judge, "judge", "make foundation", ""),
+            ("model.lora", model.lora, "LoRA", f"prefgen fit --stage vqa {work}", ""),
+            ("model.probe", model.probe, "probe.json", f"prefgen fit --stage probe {work}", ""),
+            (
+                "data.embeddings",
+                self.data.embeddings,
+                "embedding shards",
+                f"prefgen predict --stage probe {work}",
+                "index.json",
+            ),
+            (
+                "model.align",
+                model.align,
+                "projector",
+                f"prefgen fit --stage align {work}",
+                "projector.safetensors",
+            ),
+            (
+                "model.inject",
+                model.inject,
+                "user adapter",
+                f"prefgen fit --stage inject {work}",
+                "user_adapter.safetensors",
+            ),
+        ]
+        if model.inject_image_only:
+            fit = f"prefgen fit --stage inject --config configs/mini/inject_image_only.yaml {work}"
+            rows.append(
+                (
+                    "model.inject_image_only",
+                    model.inject_image_only,
+                    "image-only adapter",
+                    fit,
+                    "user_adapter.safetensors",
+                )
+            )
+        return tuple(
+            RequiredInput(key=key, path=path, what=what, made_by=made_by, member=member)
+            for key, path, what, made_by, member in rows
+            if not (key == "model.mllm" and _is_hub_id(path))
+        )
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith("asset:") and path.count("/") == 1 and not path.startswith(("/", "."))
+
+
+def load_evaluate_config(
+    *, preset: str = "mini", file: Path | None = None, overrides: Iterable[str] = ()
+) -> EvaluateConfig:
+    """``prefgen.config.load_config`` for the evaluation.
+
+    Raises:
+        ConfigError: as there.
+    """
+    path = file if file is not None else preset_file("evaluate", preset=preset)
+    kind = cast(Any, EvaluateConfig)  # no stage: it has no trainer, but its keys work in the same way
+    return cast(
+        EvaluateConfig, build_config(kind, where="for prefgen evaluate", file=path, overrides=overrides)
+    )
