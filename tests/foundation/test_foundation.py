@@ -199,3 +199,13 @@ def test_every_part_leaves_a_card(foundation):
 def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
     with pytest.raises(DataError, match="train the parts before it first"):
         build_part("unet", shards=shards, work=tmp_path / "w", out=tmp_path / "o")
+
+
+def test_the_mllm_never_trains_on_unseen_subjects(pictures):
+    data = pictures["train"]
+    seen, unseen = data.subset(unseen=False), data.subset(unseen=True)
+    assert len(seen) + len(unseen) == len(data)
+    assert not set(seen.prompts) & data.unseen
+    assert set(unseen.prompts) <= data.unseen
+    row = data.prompts.index(seen.prompts[0])
+    assert np.array_equal(seen.images[0], data.images[row])

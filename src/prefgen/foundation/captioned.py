@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ class CaptionedImages:
         attributes: attribute words of each picture.
         families: family of each subject.
         groups: attribute words by group, as the shards' ``attributes.json`` says.
+        unseen: prompts that no multimodal LLM may train on (the test subjects).
         fingerprint: short hash of the shards, for the cards.
     """
 
@@ -42,6 +43,7 @@ class CaptionedImages:
     attributes: tuple[tuple[str, ...], ...]
     families: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
+    unseen: frozenset[str]
     fingerprint: str
 
     def __len__(self) -> int:
@@ -67,6 +69,17 @@ class CaptionedImages:
                 out[i, group] = value
         return out, names
 
+    def subset(self, *, unseen: bool) -> CaptionedImages:
+        """Only the pictures of unseen subjects, or only the others; copied into memory."""
+        rows = [i for i, prompt in enumerate(self.prompts) if (prompt in self.unseen) == unseen]
+        return replace(
+            self,
+            images=np.array(self.images[rows]),
+            prompts=tuple(self.prompts[i] for i in rows),
+            attributes=tuple(self.attributes[i] for i in rows),
+            families=tuple(self.families[i] for i in rows),
+        )
+
     def corpus(self, *, count: int, seed: int) -> Iterator[str]:
         """``count`` drawn captions, for training a tokenizer."""
         rng = np.random.default_rng(seed)
@@ -88,7 +101,7 @@ def load_captioned(shards: Path, *, split: str, cache: Path) -> CaptionedImages:
     fingerprint = hashlib.sha256(
         "".join(f"{tar.name}{tar.stat().st_size}" for tar in tars).encode() + tars[0].read_bytes()
     ).hexdigest()[:16]
-    groups = json.loads((shards / "attributes.json").read_text())["groups"]
+    meaning = json.loads((shards / "attributes.json").read_text())
     pixels, about = cache / f"{split}-{fingerprint}.npy", cache / f"{split}-{fingerprint}.json"
     if not (pixels.exists() and about.exists()):
         cache.mkdir(parents=True, exist_ok=True)
@@ -99,7 +112,8 @@ def load_captioned(shards: Path, *, split: str, cache: Path) -> CaptionedImages:
         prompts=tuple(record["prompt"] for record in records),
         attributes=tuple(tuple(record["attributes"]) for record in records),
         families=tuple(record.get("family", "") for record in records),
-        groups={name: tuple(values) for name, values in groups.items()},
+        groups={name: tuple(values) for name, values in meaning["groups"].items()},
+        unseen=frozenset(meaning.get("unseen", ())),
         fingerprint=fingerprint,
     )
 

@@ -229,7 +229,8 @@ def write_drawings(
     """Write captioned shards for the foundation: ``train-000000.tar`` .. and likewise for each split.
 
     A sample is ``KEY.webp`` and ``KEY.json`` with ``prompt``, ``attributes`` and ``family``; the meaning of
-    attribute words (their groups) is in ``attributes.json`` beside the shards.
+    attribute words (their groups), and the prompts no MLLM may train on (``unseen``), are in
+    ``attributes.json`` beside the shards.
 
     Raises:
         DataError: the drawings are not installed, or ``out`` holds shards already.
@@ -241,7 +242,8 @@ def write_drawings(
         raise DataError(f"{out} holds shards already; choose another --out or remove them first")
     out.mkdir(parents=True, exist_ok=True)
     groups = {group: list(values) for group, values in ATTRIBUTE_GROUPS.items()}
-    about = {"attribution": ATTRIBUTION, "seed": seed, "groups": groups}
+    unseen = [concept.phrase for concept in concepts() if concept.test]
+    about = {"attribution": ATTRIBUTION, "seed": seed, "groups": groups, "unseen": unseen}
     (out / "attributes.json").write_text(json.dumps(about, indent=1))
     paths = []
     for split, count in counts.items():
