@@ -98,14 +98,9 @@ def bf16_gain(*, size: int = 768, repeats: int = 4) -> float:
 
 def mmd_backend() -> str:
     """Which of prefgen.mmd's backends large problems will use here, and why."""
-    from prefgen.mmd.dispatch import triton_problem
+    from prefgen.mmd import describe_backend
 
-    problem = triton_problem()
-    return (
-        f"tiled, plain torch ({problem})"
-        if problem
-        else "triton on the GPU, dense where the problem is small"
-    )
+    return "; ".join(describe_backend())
 
 
 def _foundation() -> list[str]:

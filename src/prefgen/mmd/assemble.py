@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prefgen.mmd.moments import mean_rows
 from prefgen.mmd.tiled import Problem, Side, Sums
 
 
@@ -71,7 +72,7 @@ def _weights(weights: Tensor | None, count: int, like: Tensor) -> Tensor:
 
 def _weighted_sum(rows: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
-        return rows.mean(0, dtype=torch.float64)
+        return mean_rows(rows)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for part, weight in zip(torch.split(rows, 1024), torch.split(weights, 1024), strict=True):
         total = total + weight @ part.double()

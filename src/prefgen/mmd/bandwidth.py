@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefgen.mmd.errors import MMDError
+from prefgen.mmd.moments import mean_rows
 
 Bandwidth = float | Sequence[float] | Tensor | str
 
@@ -100,7 +101,7 @@ def mean_bandwidth(x: Tensor, y: Tensor) -> Tensor:
 
 def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
     # Two passes: the mean first, then squares of what is left; E[x^2] - E[x]^2 loses everything at an offset.
-    mean = x.mean(0, dtype=torch.float64)
+    mean = mean_rows(x)
     shift = mean.to(x.dtype if x.dtype == torch.float64 else torch.float32)
     spread = torch.zeros((), dtype=torch.float64, device=x.device)
     for part in torch.split(x, 4096):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROWS = 1024
+_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,19 @@ def centre(x: Tensor, y: Tensor, *, wx: Tensor | None = None, wy: Tensor | None 
     )
 
 
+def mean_rows(rows: Tensor) -> Tensor:
+    """(D,) float64 mean of (N, D) rows, in pieces: a reduction to another dtype copies its whole input."""
+    if rows.shape[0] <= _ROWS:
+        return rows.mean(0, dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, _ROWS):
+        total += part.sum(0, dtype=torch.float64)
+    return total / rows.shape[0]
+
+
 def _mean(x: Tensor, weights: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     if weights is None:
-        return x.mean(0, dtype=torch.float64).to(dtype)
+        return mean_rows(x).to(dtype)
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     size = weights.abs()
     for rows, part in zip(torch.split(x, _ROWS), torch.split(size, _ROWS), strict=True):

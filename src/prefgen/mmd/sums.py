@@ -11,7 +11,7 @@ from torch import Tensor
 from prefgen.mmd.bandwidth import Bandwidth, resolve_mixture
 from prefgen.mmd.errors import MMDError
 from prefgen.mmd.kernels import KernelName, check_kernel, make_levels
-from prefgen.mmd.moments import centre, compute_dtype
+from prefgen.mmd.moments import centre, compute_dtype, mean_rows
 from prefgen.mmd.pairs import PairValues
 from prefgen.mmd.tiled import blocks
 
@@ -86,7 +86,7 @@ def kernel_sums(
     # Undo both centrings: the kernel's constant and the mean of y.
     potential += levels.constant * weights.sum()
     total += (levels.constant * scaled.sum(0, dtype=torch.float64)).to(dtype)
-    mean_y = y.mean(0, dtype=torch.float64).to(dtype)
+    mean_y = mean_rows(y).to(dtype)
     return KernelSums(potential.to(dtype), total.addr_(potential.to(dtype), mean_y))
 
 

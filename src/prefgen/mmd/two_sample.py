@@ -13,7 +13,7 @@ from prefgen.mmd.errors import MMDError
 from prefgen.mmd.form import check_counts
 from prefgen.mmd.gemm import dots
 from prefgen.mmd.kernels import KernelName, check_kernel, make_levels
-from prefgen.mmd.moments import compute_dtype, shift_rows
+from prefgen.mmd.moments import compute_dtype, mean_rows, shift_rows
 from prefgen.mmd.pairs import PairValues
 from prefgen.mmd.tiled import blocks
 
@@ -155,7 +155,7 @@ def mmd_test(
     dtype = compute_dtype(torch.promote_types(x.dtype, y.dtype))
     pooled = torch.cat((x.to(dtype), y.to(dtype)))
     # One mean for both: rows change sides under permutation.
-    mean = pooled.mean(0, dtype=torch.float64).to(dtype)
+    mean = mean_rows(pooled).to(dtype)
     rows, norm, _ = shift_rows(pooled, mean, torch.zeros_like(mean, dtype=torch.float64))
     levels = make_levels(
         kernel, mixture.sigma, mixture.coefs, alpha=alpha, typical=2.0 * norm.mean(), chain=mixture.chain
