@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch
 from prefgen.cli import main
 from prefgen.evaluate.judges import Judge
 from prefgen.testing.study import save_tiny_workdir
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,16 @@ def test_everything_the_issue_names_is_there(metrics):
     assert len(metrics["worst_users"]) == 3
 
 
+def test_the_demos_thresholds_all_find_their_figure(report):
+    command = [sys.executable, ROOT / "tools" / "check_demo.py", report / "metrics.json"]
+    thresholds = ROOT / "configs" / "mini" / "demo_thresholds.yaml"
+    done = subprocess.run([*command, thresholds], capture_output=True, text=True, check=False)
+    assert done.returncode == 1  # untrained models
+    assert "missing" not in done.stdout
+    assert "has no low and high" not in done.stdout
+    assert "ok   probe.inter.low_above_chance" in done.stdout
+
+
 def test_what_is_missing_is_said_in_words(metrics):
     assert metrics["align"]["independent"] is None
     [words] = metrics["missing"]
@@ -130,8 +145,8 @@ def test_the_page_is_one_file_with_its_pictures_inside(report):
     page = Page(text)
     assert page.open == []
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    # 4 users x (2 strips + 2 prompts x 6 conditions) and 2 heat maps; the worst are among the first
-    assert len(page.sources) == 4 * 14 + 2
+    # 4 users x (3 strips + 2 prompts x 6 conditions) and 2 heat maps; the worst are among the first
+    assert len(page.sources) == 4 * 15 + 2
     assert "http" not in text
     assert "Made <by> us" in page.words
     assert "not fitted" in page.words

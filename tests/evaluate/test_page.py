@@ -26,10 +26,10 @@ def test_pictures_lie_in_the_page_bit_for_bit():
     assert "&quot;fox&quot; &lt;b&gt;" in picture(pixels / 127.5 - 1, label='a "fox" <b>')
 
 
-def test_strips_break_after_eight():
-    pixels = torch.zeros(9, 3, 4, 4)
+def test_strips_break_after_four():
+    pixels = torch.zeros(5, 3, 4, 4)
     [shown] = embedded(strip(pixels, label="x"))
-    assert shown.shape == (4 + 2 + 4, 8 * 6 - 2, 3)
+    assert shown.shape == (4 + 2 + 4, 4 * 6 - 2, 3)
     assert strip(pixels[:0], label="x") == "–"
 
 

@@ -41,7 +41,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: #2b5b9e; }
 .note { background: #fff7e0; border-left: 4px solid #e0b23c; padding: .5rem .9rem; max-width: 80ch; }
 """
 
-_STRIP_COLUMNS = 8
+_STRIP_COLUMNS = 4
 
 
 def text(value: object) -> str:

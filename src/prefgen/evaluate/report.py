@@ -25,6 +25,11 @@ from prefgen.evaluate.report_stages import align_section, judge_section, probe_s
 Metrics = Mapping[str, Any]
 
 LABELS = {"image_only": "image only"}
+HEADLINES = {
+    "own_vs_base": "own profile preferred to no profile",
+    "own_vs_other": "own profile preferred to another user's",
+    "own_vs_image_only": "own profile preferred to one liked image",
+}
 PAIR_MEANINGS = {
     "own_vs_base": "does a profile help at all",
     "own_vs_other": "is it THIS user's taste and not just any user's: chance is .50",
@@ -49,6 +54,7 @@ class ShownUser:
         dislikes: true disliked ones.
         liked: pixels (N,3,H,W) of the liked references.
         disliked: pixels (N,3,H,W) of the disliked ones.
+        anchor: pixels (1,3,H,W) of the one liked image that image only sees, and own beside the others.
         prompts: P prompts.
         pictures: condition -> (P,3,H,W).
     """
@@ -60,6 +66,7 @@ class ShownUser:
     dislikes: tuple[str, ...]
     liked: Tensor
     disliked: Tensor
+    anchor: Tensor
     prompts: tuple[str, ...]
     pictures: Mapping[str, Tensor]
 
@@ -124,22 +131,24 @@ def _head(metrics: Metrics) -> str:
         "brackets are 95 % bootstrap intervals over users.</p>\n"
     )
     rows = [
-        [text(pair_label(pair)), interval(metrics[pair]), _verdict(metrics[pair], above=0.5)]
-        for pair in ("own_vs_base", "own_vs_other", "own_vs_image_only")
+        [text(words), interval(metrics[pair]), _verdict(metrics[pair], above=0.5)]
+        for pair, words in HEADLINES.items()
         if pair in metrics
     ]
     fidelity, kept = metrics["prompt_fidelity"], metrics["prompt_fidelity_kept"]
     rows.append(
         [
-            "prompt's subject recognised, own",
+            "subject of the prompt recognised, own profile",
             interval(fidelity["own"]),
             f"base model {number(fidelity['base']['mean'])}; {kept['mean']:.1%} of it kept",
         ]
     )
     ceiling = f"the oracle reaches {number(metrics['oracle']['mean'])}" if "oracle" in metrics else ""
-    rows.append(["like or dislike answered right", interval(metrics["vqa_accuracy"]), ceiling])
+    rows.append(
+        ["language model says rightly: liked or disliked", interval(metrics["vqa_accuracy"]), ceiling]
+    )
     missing = "".join(f'<p class="note">Missing: {text(words)}</p>\n' for words in metrics["missing"])
-    return opening + table(["", "mean [interval]", ""], rows=rows, numeric=(1,)) + missing
+    return opening + table(["how often", "mean [interval]", "beside it"], rows=rows, numeric=(1,)) + missing
 
 
 def _verdict(estimate: Metrics, *, above: float) -> str:
@@ -200,9 +209,10 @@ def _fidelity(metrics: Metrics) -> str:
 
 def _grids(shown: Sequence[ShownUser], *, conditions: Mapping[str, str]) -> str:
     body = (
-        "<h2>Pictures</h2>\n<p>Left what each user has shown, below it the same prompts from the same noise "
-        "under every condition. The first users are the first of the split; the others are those whose own "
-        "pictures gained least, chosen by that number and not by hand. Nothing was picked by eye.</p>\n"
+        "<h2>Pictures</h2>\n<p>Above what each user has shown, below it the same prompts from the same "
+        "noise under every condition. The first users are the first of the split; the others are those "
+        "whose own pictures gained least, chosen by that number and not by hand. Nothing was picked by "
+        "eye.</p>\n"
     )
     names = [name for name in conditions if any(name in user.pictures for user in shown)]
     return body + "".join(_grid(user, names=names) for user in shown)
@@ -216,9 +226,14 @@ def _grid(user: ShownUser, *, names: Sequence[str]) -> str:
             f"dislikes {text(', '.join(user.dislikes) or 'nothing named')}; "
             f"utility gained over the base model: {user.margin:+.3f}</p>\n"
         )
-    history = (
-        f"<figure>{strip(user.liked, label='liked')}<figcaption>liked</figcaption></figure>"
-        f"<figure>{strip(user.disliked, label='disliked')}<figcaption>disliked</figcaption></figure>\n"
+    strips = {
+        "liked": user.liked,
+        "disliked": user.disliked,
+        "the one liked image of image only": user.anchor,
+    }
+    history = "".join(
+        f"<figure>{strip(pixels, label=words)}<figcaption>{words}</figcaption></figure>"
+        for words, pixels in strips.items()
     )
     head = "".join(f"<th>{text(label(name))}</th>" for name in names)
     rows = ""

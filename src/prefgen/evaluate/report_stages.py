@@ -56,7 +56,7 @@ def align_section(align: Mapping[str, Any]) -> str:
     for name, words in PAIRINGS.items():
         found = align[name]
         if found is None:
-            rows.append([text(words), *["not fitted"] + ["–"] * 5])
+            rows.append([text(words), "not fitted", *["–"] * 5])
             continue
         rows.append(
             [
@@ -73,6 +73,12 @@ def align_section(align: Mapping[str, Any]) -> str:
     chance = ""
     if "chance_1" in known:
         chance = f" Guessing gives {number(known['chance_1'])} and {number(known['chance_10'])}."
+    if "ceiling_recall_1" in known:
+        chance += (
+            " The own text itself, its attributes in another order, is found "
+            f"{number(known['ceiling_recall_1']['mean'])} and {number(known['ceiling_recall_10']['mean'])} "
+            "of the time: the ceiling."
+        )
     return (
         "<h2>Did the taste arrive in the text space?</h2>\n"
         "<p>How often a user's own attribute text is the nearest (R@1) or among the ten nearest (R@10) of "

@@ -107,6 +107,7 @@ def run_study(config: EvaluateConfig) -> StudyResult:
     return StudyResult(metrics=metrics, places=places)
 
 
+ORDINALS = {1: "", 2: "second ", 3: "third "}
 FILES = {"report": "report.html", "metrics": "metrics.json", "timing": "timing.json"}
 
 
@@ -200,8 +201,9 @@ def _pictures(
         "worst_users": [users[i].user_id for i in worst],
     }
     first = list(range(min(settings.num_shown_users, len(users))))
-    titles = {i: f"user {i + 1} of {len(users)}" for i in first}
-    titles |= {i: f"{rank}. smallest gain" for rank, i in enumerate(worst, start=1)}
+    titles = {i: f"number {i + 1} of {len(users)}" for i in {*first, *worst}}
+    for rank, i in enumerate(worst, start=1):
+        titles[i] += f", gained {ORDINALS.get(rank, f'{rank}th ')}least"
     margins = (judged.utilities["own"] - judged.utilities["base"]).mean(axis=1)
     chosen = [*first, *(i for i in worst if i not in first)]
     return figures, [
@@ -261,6 +263,7 @@ def _shown(
         dislikes=user.history.disliked_attributes,
         liked=user.liked[user.shown("liked")],
         disliked=user.disliked[user.shown("disliked")],
+        anchor=user.liked[user.anchor_position][None],
         prompts=user.prompts,
         pictures={name: pixels[row] for name, pixels in drawn.items()},
     )

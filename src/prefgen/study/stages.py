@@ -77,7 +77,7 @@ def align_figures(run_dir: Path) -> dict[str, Any] | None:
         return None
     after, prefix = (record["test"], "test") if "test" in record else (record.get("fit", {}), "val")
     found: dict[str, Any] = {"users": "test" if prefix == "test" else "validation"}
-    for name in ("recall", "permuted_recall"):
+    for name in ("recall", "permuted_recall", "ceiling_recall"):
         for depth in ("1", "10"):
             mean = after.get(f"{prefix}/{name}_{depth}")
             if mean is not None:

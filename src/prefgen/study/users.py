@@ -27,6 +27,7 @@ class StudyUser:
         draws: reference draws whose mean is the profile.
         references: image keys of those draws.
         anchor: row of ``embeddings.image``: e_img, the ONE liked image, outside the references if possible.
+        anchor_position: the same image among the liked ones.
         real: positions of liked drawings, one a prompt, neither references nor anchor if possible.
         prompts: what is drawn; subjects of test histories, never the anchor's.
         seeds: noise of each prompt, the same under every condition.
@@ -39,6 +40,7 @@ class StudyUser:
     draws: tuple[int, ...]
     references: frozenset[str]
     anchor: int
+    anchor_position: int
     real: tuple[int, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -161,6 +163,7 @@ def _user(
         draws=draws,
         references=references,
         anchor=embeddings.image_keys.index(keys[anchor]),
+        anchor_position=anchor,
         real=tuple(rest[i % len(rest)] for i in range(num_prompts)),
         prompts=tuple(subjects[int(i)] for i in chosen),
         seeds=tuple(
