@@ -141,6 +141,26 @@ def test_psnr_is_the_closed_form():
     assert vae.psnr(images, off)[0] == pytest.approx(20.0, abs=1e-4)  # 10 log10(4 / .04)
 
 
+def test_standardised_latents_restore_the_same_pictures(pictures):
+    torch.manual_seed(0)
+    model = vae.build_vae(image_size=32)
+    images = pictures["train"].images
+    with torch.no_grad():
+        model.quant_conv.bias[:4] += torch.tensor([2.0, -1.0, 0.0, 5.0])
+        before = model(vae.pixels(images)).sample
+        spread = model.encode(vae.pixels(images)).latent_dist.std
+        own = model.encode(vae.pixels(images)).latent_dist.mode().std(dim=(0, 2, 3))
+        vae.standardise_latents(model, images)
+        posterior = model.encode(vae.pixels(images)).latent_dist
+        latents = posterior.mode()
+        after = model(vae.pixels(images)).sample
+    assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert torch.allclose(posterior.std, spread / own.view(1, -1, 1, 1), rtol=1e-3)
+    assert torch.allclose(before, after, atol=1e-4)  # measured 2e-6
+    assert model.config.scaling_factor == 1.0
+
+
 @pytest.fixture(scope="module")
 def foundation(shards, tmp_path_factory):
     """All parts by the same function as the real ones, at plans of two steps."""

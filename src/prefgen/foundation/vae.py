@@ -68,10 +68,37 @@ def psnr_by_attribute(
     }
 
 
+def standardise_latents(vae: AutoencoderKL, images: npt.NDArray[np.uint8]) -> None:
+    """Give each latent channel mean 0 and deviation 1, by folding it into the two 1 x 1 convolutions.
+
+    A single scaling factor cannot do it, and the UNet would spend its steps on offsets: before, the channels'
+    means lay between -2 and 2 and their deviations between 1.3 and 4. Pictures stay as they were.
+
+    Args:
+        vae: changed in place; its ``scaling_factor`` becomes 1.
+        images: (N, H, W, 3) pictures that stand for all.
+    """
+    with torch.no_grad():
+        parts = [
+            vae.encode(pixels(images[start : start + 128])).latent_dist.mode()
+            for start in range(0, len(images), 128)
+        ]
+        latents = torch.cat(parts)
+        mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+        channels = len(mean)
+        into, out_of = vae.quant_conv, vae.post_quant_conv
+        into.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+        into.bias[:channels] = (into.bias[:channels] - mean) / deviation
+        into.bias[channels:] -= 2 * deviation.log()
+        out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+        out_of.weight *= deviation.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def train_vae(
     data: CaptionedImages, heldout: CaptionedImages, *, work: Path, out: Path, plan: LoopPlan = PLAN
 ) -> dict[str, object]:
-    """Train, set the scaling factor from the data, save to ``out`` in fp16; returns the card's figures."""
+    """Train, standardise the latents, save to ``out`` in fp16; returns the card's figures."""
     torch.manual_seed(plan.seed)
     vae = build_vae(image_size=data.images.shape[1])
     loop = Loop(vae, plan=plan, folder=work)
@@ -95,10 +122,7 @@ def train_vae(
     loop.run(loss, report=report, title="vae")
     loop.use_average()
     vae.eval()
-    with torch.no_grad():
-        sample = pixels(data.images[:512])
-        latents = vae.encode(sample).latent_dist.mode()
-    vae.register_to_config(scaling_factor=float(f"{1.0 / latents.std().item():.5f}"))
+    standardise_latents(vae, data.images[:2048])
     values = psnr(heldout.images, reconstruct(vae, heldout.images))
     by_attribute = psnr_by_attribute(values, heldout.attributes)
     worst = min(by_attribute, key=lambda word: by_attribute[word])
