@@ -72,9 +72,10 @@ ALLOWED = {
     "checkpoint": {*BASIC, "checkpoint"},
     "base": {*CONFIG, *PACKAGES, "checkpoint", "base"},
     "study": {*CONFIG, *PACKAGES, "base", "study"},  # the evaluation: stages' files, never a stage's code
+    "artefacts": {*BASIC, "artefacts"},
     "profile": {*BASIC, *PACKAGES, "checkpoint", "profile"},
     "taste": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste"},
-    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste", "pipeline"},
+    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste", "artefacts", "pipeline"},
 }
 
 

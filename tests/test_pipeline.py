@@ -3,14 +3,17 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, DataError
-from prefgen.pipeline import Artefacts, PrefGenPipeline
+from prefgen.models.readout import fit_readout, save_readout
+from prefgen.pipeline import PrefGenPipeline
 from prefgen.profile import UserProfile
 from prefgen.taste import TasteModels, read_images
 from prefgen.testing.artefacts import save_tiny_artefacts
@@ -141,6 +144,63 @@ def test_words_only_if_asked(pipeline, profile):
     assert told.user_id == "ann"
     assert isinstance(told.likes, str)
     assert isinstance(told.dislikes, str)
+
+
+def planted(count, *, width, seed):
+    """(sem, labels): what a user likes is laid into sem along one direction an attribute."""
+    generator, plan = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(5)
+    labels = torch.rand(count, len(WORDS), generator=generator) < 0.4
+    directions = torch.randn(len(WORDS), width, generator=plan)
+    noise = 0.3 * torch.randn(count, width, generator=generator)
+    return labels.float() @ directions + noise, labels
+
+
+WORDS = ("red", "flat", "round", "sketched")
+
+
+def test_explain_reads_planted_attributes_from_the_profile_alone(folder, profile, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    width = len(profile.sem_embeds)
+    sem, labels = planted(200, width=width, seed=1)
+    readout = fit_readout(sem, labels=labels, attributes=WORDS, lineage=dict(profile.lineage))
+    save_readout(readout, path=copy / "attribute_readout.safetensors")
+    pipeline = load(copy)
+    sem, labels = planted(20, width=width, seed=2)
+    for user in range(0, 20, 2):  # unseen: one row is what a user likes, the next what the user dislikes
+        unseen = replace(profile, sem_embeds=sem[user], sem_negative=sem[user + 1])
+        found = pipeline.explain(unseen)
+        assert found.source == "readout"
+        for text, truth in ((found.likes, labels[user]), (found.dislikes, labels[user + 1])):
+            named = {word for word, rest in pairs(text) if rest > 0.5}
+            assert named == {word for word, true in zip(WORDS, truth, strict=True) if true}
+    assert not {"taste", "painter"} & set(vars(pipeline))
+
+
+def pairs(text):
+    for item in text.split(", "):
+        word, number = item.removesuffix(")").split(" (")
+        yield word, float(number)
+
+
+def test_explain_says_nothing_of_dislikes_without_a_disliked_image(pipeline):
+    found = pipeline.explain(pipeline.build_profile(LIKED))
+    assert found.likes
+    assert found.dislikes is None
+
+
+def test_explain_gives_stored_words_first_and_refuses_what_it_cannot_read(folder, profile, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "attribute_readout.safetensors").unlink()
+    older = load(copy)
+    told = older.explain(replace(profile, likes="red, flat", dislikes=""))
+    assert (told.likes, told.dislikes, told.source) == ("red, flat", "", "mllm")
+    with pytest.raises(CheckpointError, match="no attribute readout at .* fit --stage align"):
+        older.explain(profile)
+    other = load(save_tiny_artefacts(tmp_path / "other", seed=9))
+    with pytest.raises(CheckpointError, match="made by another mllm .* name the artefacts it was built with"):
+        other.explain(profile)
 
 
 def test_no_liked_image_and_bad_counts_are_refused(pipeline, profile):

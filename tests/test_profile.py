@@ -71,7 +71,9 @@ def test_another_lineage_is_refused_by_name_and_unknown_parts_are_not_compared()
     profile = make_profile()
     profile.require_lineage({**LINEAGE, "unet": "x"}, what="the adapter")
     profile.require_lineage({"mllm": LINEAGE["mllm"]}, what="the adapter")
-    with pytest.raises(CheckpointError, match=r"another lora \(bbbbbbbbbbbb\) than the adapter .*\(ffff"):
+    with pytest.raises(
+        CheckpointError, match=r"another lora \(bbbbbbbbbbbb\) than that of the adapter .*\(ffff"
+    ):
         profile.require_lineage({**LINEAGE, "lora": "f" * 64}, what="the adapter")
 
 

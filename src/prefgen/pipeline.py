@@ -6,6 +6,7 @@
 
     pipeline = PrefGenPipeline.load()
     profile = pipeline.build_profile(liked, disliked=disliked)
+    print(pipeline.explain(profile).likes)
     images = pipeline.generate("a red fox", profile=profile, user_scale=0.8, num_images=4, seed=0)
 
 Both sides load when they are first needed: building a profile reads no UNet, drawing reads no MLLM.
@@ -14,26 +15,26 @@ Both sides load when they are first needed: building a profile reads no UNet, dr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 
+from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, DataError
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import PartName
 from prefgen.models.pixels import to_pil
 from prefgen.models.projector import SemProjector, load_projector
+from prefgen.models.readout import AttributeReadout, ReadWord, load_readout
 from prefgen.models.sampling import SampleUsers, sample
 from prefgen.models.user_adapter import UserAdapter, load_user_adapter
 from prefgen.profile import UserProfile
 from prefgen.taste import TasteModels
-
-MINI_ASSETS = Path(__file__).resolve().parent / "assets" / "mini"
-"""What ships with prefgen: the foundation, and artefacts trained on it."""
 
 BATCH_SIZE = 4
 """Images drawn at a time. Sums of another batch size may round differently, so it is noted beside images."""
@@ -42,81 +43,19 @@ _ADAPTER_PARTS = ("unet", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artefacts:
-    """Where everything lies.
+class Explanation:
+    """A profile in words.
 
     Attributes:
-        mllm: folder or hub id of the MLLM.
-        lora: stage vqa's LoRA folder.
-        probe: stage probe's ``probe.json``.
-        pipeline: the diffusers pipeline folder, with an image encoder in it.
-        projector: stage align's file.
-        user_adapter: stage inject's file.
+        likes: comma list of attributes; None where nothing can be said.
+        dislikes: likewise.
+        source: ``mllm`` for the MLLM's own answer, stored in the profile; ``readout`` for a linear reading of
+            its embeddings, where each attribute stands with its probability.
     """
 
-    mllm: str
-    lora: Path
-    probe: Path
-    pipeline: Path
-    projector: Path
-    user_adapter: Path
-
-    @staticmethod
-    def find(
-        folder: Path | None = None, *, pipeline: Path | None = None, mllm: str | None = None
-    ) -> Artefacts:
-        """Names in a work folder of the four stages, or in a flat folder like the shipped one.
-
-        Args:
-            folder: a workdir (``vqa/lora``, ``probe/probe.json``, ``align/..``, ``inject/..``) or a folder
-                that holds ``lora/``, ``probe.json``, ``projector.safetensors`` and
-                ``user_adapter.safetensors``; None for what ships with prefgen.
-            pipeline: the pipeline they were trained with; None for the shipped mini one.
-            mllm: the MLLM they were trained with; None for the shipped mini one.
-
-        Raises:
-            CheckpointError: no such folder.
-        """
-        root = MINI_ASSETS if folder is None else folder
-        if not root.is_dir():
-            raise CheckpointError(
-                f"no artefacts at {root}; give a work folder in which all stages were fitted"
-            )
-        staged = any((root / stage).is_dir() for stage in ("vqa", "probe", "align", "inject"))
-        parts = ("vqa", "probe", "align", "inject") if staged else ("", "", "", "")
-        return Artefacts(
-            mllm=str(MINI_ASSETS / "mllm") if mllm is None else mllm,
-            lora=root / parts[0] / "lora",
-            probe=root / parts[1] / "probe.json",
-            pipeline=MINI_ASSETS / "pipeline" if pipeline is None else pipeline,
-            projector=root / parts[2] / "projector.safetensors",
-            user_adapter=root / parts[3] / "user_adapter.safetensors",
-        )
-
-    def require(self, *names: str) -> None:
-        """Refuse to go on without some of them, before anything heavy is read.
-
-        Raises:
-            CheckpointError: naming what is missing and how it is made.
-        """
-        made_by = {
-            "lora": "prefgen fit --stage vqa",
-            "probe": "prefgen fit --stage probe",
-            "projector": "prefgen fit --stage align",
-            "user_adapter": "prefgen fit --stage inject",
-            "pipeline": "make foundation",
-        }
-        for name in names:
-            path = Path(getattr(self, name))
-            if not path.exists():
-                raise CheckpointError(
-                    f"no {name.replace('_', ' ')} at {path}; make it with '{made_by[name]}', "
-                    "or name the folder that holds the trained artefacts"
-                )
-
-    def as_text(self) -> dict[str, str]:
-        """Field -> path, for a record beside images."""
-        return {item.name: str(getattr(self, item.name)) for item in fields(self)}
+    likes: str | None
+    dislikes: str | None
+    source: Literal["mllm", "readout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +179,33 @@ class PrefGenPipeline:
         """A profile from images; one liked image is enough. See :meth:`TasteModels.build_profile`."""
         return self.taste.build_profile(liked, disliked=disliked, user_id=user_id, words=words, seed=seed)
 
+    @cached_property
+    def readout(self) -> AttributeReadout:
+        """What reads attributes from ``sem_embeds``, read when first needed."""
+        return load_readout(self.artefacts.attribute_readout)
+
+    def explain(self, profile: UserProfile) -> Explanation:
+        """What this user likes and dislikes, from the profile alone; neither MLLM nor UNet is read.
+
+        The stored words where there are any. Else attributes read linearly from ``sem_embeds``, and from its
+        negative twin what is disliked; nothing is said of dislikes where no disliked image was seen.
+
+        Raises:
+            CheckpointError: no stored words and no readout, or the profile is of another lineage.
+        """
+        if profile.likes is not None or profile.dislikes is not None:
+            return Explanation(likes=profile.likes, dislikes=profile.dislikes, source="mllm")
+        self.artefacts.require("attribute_readout")
+        place = self.artefacts.attribute_readout
+        profile.require_lineage(
+            self.readout.lineage,
+            what=f"the readout {place}",
+            mend="name the artefacts it was built with, or build the profile again",
+        )
+        dislikes = _as_list(self.readout.read(profile.sem_negative)) if profile.counts.disliked else None
+        likes = _as_list(self.readout.read(profile.sem_embeds))
+        return Explanation(likes=likes, dislikes=dislikes, source="readout")
+
     @torch.no_grad()
     def generate(
         self,
@@ -295,6 +261,10 @@ class PrefGenPipeline:
             if progress is not None:
                 progress(count)
         return images
+
+
+def _as_list(words: Sequence[ReadWord]) -> str:
+    return ", ".join(f"{word.attribute} ({word.probability:.2f})" for word in words)
 
 
 def _check_counts(**counts: int) -> None:

@@ -124,12 +124,19 @@ class UserProfile:
             return self.sem_embeds, self.core_embeds, self.image_embeds
         return self.sem_negative, self.core_negative, self.image_negative
 
-    def require_lineage(self, expected: Mapping[str, str], *, what: str) -> None:
+    def require_lineage(
+        self,
+        expected: Mapping[str, str],
+        *,
+        what: str,
+        mend: str = "build the profile again with 'prefgen profile build'",
+    ) -> None:
         """Refuse to go on with models other than those that made the profile.
 
         Args:
             expected: part -> hash; parts either side does not know are not compared.
             what: who asks, for the message, e.g. ``"the adapter user_adapter.safetensors"``.
+            mend: what the user can do about it.
 
         Raises:
             CheckpointError: naming the first part that differs.
@@ -138,8 +145,8 @@ class UserProfile:
             ours, theirs = self.lineage.get(part), expected.get(part)
             if ours is not None and theirs is not None and ours != theirs:
                 raise CheckpointError(
-                    f"this profile was made by another {part} ({ours[:12]}) than {what} was trained with "
-                    f"({theirs[:12]}); build the profile again with 'prefgen profile build'"
+                    f"this profile was made by another {part} ({ours[:12]}) than that of {what} "
+                    f"({theirs[:12]}); {mend}"
                 )
 
     def without_words(self) -> UserProfile:

@@ -1,7 +1,9 @@
 """The commands as typed, in process, on tiny models."""
 
 import json
+import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -69,7 +71,6 @@ def test_build_says_where_and_show_says_what(place, models, profile, capsys):
 
 
 def test_explain_from_stored_words_or_from_the_images(place, models, profile, capsys):
-    assert "holds no words; build it with" in fails(capsys, "profile", "explain", profile)
     images = ["--liked", str(place / "liked"), "--disliked", str(place / "disliked")]
     assert main(["profile", "explain", str(profile), *images, *models]) == 0
     said = capsys.readouterr().out
@@ -78,6 +79,25 @@ def test_explain_from_stored_words_or_from_the_images(place, models, profile, ca
     capsys.readouterr()
     assert main(["profile", "explain", str(worded)]) == 0
     assert capsys.readouterr().out == said
+
+
+def test_explain_from_the_file_alone_is_a_linear_reading(models, profile, capsys):
+    assert main(["profile", "explain", str(profile), *models]) == 0
+    likes, dislikes, note = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"likes:    \w+ \(\d\.\d\d\)(, \w+ \(\d\.\d\d\)){2,}", likes)
+    assert re.fullmatch(r"dislikes: \w+ \(\d\.\d\d\)(, \w+ \(\d\.\d\d\)){2,}", dislikes)
+    assert "linear reading of the embedding" in note
+    assert "--words" in note
+
+
+def test_explain_without_words_or_readout_is_one_line(place, profile, tmp_path, capsys):
+    older = tmp_path / "older"
+    shutil.copytree(place / "tiny", older)
+    (older / "attribute_readout.safetensors").unlink()
+    error = fails(capsys, "profile", "explain", profile, "--artefacts", older)
+    assert "holds no words; build it with" in error
+    error = fails(capsys, "profile", "explain", profile, "--disliked", place / "disliked")
+    assert "--disliked needs the liked images too" in error
 
 
 def draw(profile, out, models, *more):

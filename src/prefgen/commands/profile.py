@@ -97,8 +97,10 @@ def _add_explain(actions: Any) -> None:
     parser = actions.add_parser(
         "explain",
         help=text,
-        description=text.capitalize() + ": the words stored by 'build --words', or, with the images at hand, "
-        "what the MLLM says of them now.",
+        description=text.capitalize()
+        + ": the words stored by 'build --words'; with the images at hand, what "
+        "the MLLM says of them now; else attributes read linearly from the embedding in the file, with a "
+        "probability each.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the profile")
     _add_images(parser, required=False)
@@ -150,26 +152,53 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """``prefgen profile explain``."""
-    from dataclasses import replace
-
     from prefgen.profile import UserProfile
 
+    if args.disliked is not None and args.liked is None:
+        raise ConfigError("--disliked needs the liked images too: --liked DIR --disliked DIR")
     profile = UserProfile.load(args.file)
     if args.liked is not None:
-        from prefgen.taste import read_images
-
-        taste = open_pipeline(args).taste
-        profile.require_lineage(taste.lineage, what="the models at hand, which")
-        disliked = read_images(args.disliked) if args.disliked is not None else []
-        likes, dislikes = taste.words(read_images(args.liked), disliked=disliked)
-        profile = replace(profile, likes=likes, dislikes=dislikes)
-    if profile.likes is None and profile.dislikes is None:
+        profile = _ask_again(args, profile=profile)
+    if profile.likes is not None or profile.dislikes is not None:
+        _print_words(profile)
+        return 0
+    pipeline = _readable(args)
+    if pipeline is None:
         raise ConfigError(
             f"{args.file} holds no words; build it with 'prefgen profile build --words', "
             "or pass its images: --liked DIR --disliked DIR"
         )
-    _print_words(profile)
+    found = pipeline.explain(profile)
+    print(f"likes:    {found.likes}")
+    print(f"dislikes: {found.dislikes or '(no disliked image was seen)'}")
+    print(
+        "(a linear reading of the embedding, with probabilities; for the MLLM's own words pass the images, "
+        "--liked DIR --disliked DIR, or build with 'prefgen profile build --words')"
+    )
     return 0
+
+
+def _ask_again(args: argparse.Namespace, *, profile: UserProfile) -> UserProfile:
+    """The profile with what the MLLM says of the images now."""
+    from dataclasses import replace
+
+    from prefgen.taste import read_images
+
+    taste = open_pipeline(args).taste
+    profile.require_lineage(taste.lineage, what="the models at hand")
+    disliked = read_images(args.disliked) if args.disliked is not None else []
+    likes, dislikes = taste.words(read_images(args.liked), disliked=disliked)
+    return replace(profile, likes=likes, dislikes=dislikes)
+
+
+def _readable(args: argparse.Namespace) -> PrefGenPipeline | None:
+    """The pipeline, if its artefacts hold a readout; those of an older fit do not."""
+    from prefgen.artefacts import MINI_ASSETS
+
+    if args.artefacts is None and not MINI_ASSETS.is_dir():
+        return None
+    pipeline = open_pipeline(args)
+    return pipeline if pipeline.artefacts.attribute_readout.is_file() else None
 
 
 def _print_words(profile: UserProfile) -> None:

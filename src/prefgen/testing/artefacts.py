@@ -14,7 +14,9 @@ from prefgen.models.lora import add_lora, save_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.probes import LayerChoice, choice_to_json
 from prefgen.models.projector import ProjectorShape, SemProjector, save_projector
+from prefgen.models.readout import fit_readout, save_readout
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
+from prefgen.testing.data import HUES
 from prefgen.testing.diffusion import TINY_IMAGE_DIM, TINY_TEXT_DIM, save_tiny_pipeline
 from prefgen.testing.mllm import tiny_mllm
 
@@ -22,7 +24,7 @@ from prefgen.testing.mllm import tiny_mllm
 def save_tiny_artefacts(folder: Path, *, seed: int = 0) -> Path:
     """Write ``pipeline/``, ``mllm/`` and, in the layout of a shipped folder, everything trained on them.
 
-    LoRA, projector and adapter hold random numbers, so every part changes what comes out.
+    LoRA, projector, readout and adapter hold random numbers, so every part changes what comes out.
 
     Args:
         folder: where to write.
@@ -51,6 +53,10 @@ def save_tiny_artefacts(folder: Path, *, seed: int = 0) -> Path:
             ProjectorShape(sem_width=sem_width, text_width=TINY_TEXT_DIM, hidden_width=8)
         )
         save_projector(projector, path=folder / "projector.safetensors", lineage=lineage, text={})
+        readout = fit_readout(
+            torch.randn(40, sem_width), labels=torch.rand(40, 6) < 0.3, attributes=HUES, lineage=lineage
+        )
+        save_readout(readout, path=folder / "attribute_readout.safetensors")
         _save_random_adapter(folder, core_width=width, lineage=lineage)
     return folder
 

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from prefgen.checkpoint import list_checkpoints
 from prefgen.models.projector import load_projector
+from prefgen.models.readout import load_readout
 from prefgen.run import run_stage
 from prefgen.stages.align.config import AlignLossConfig
 from prefgen.stages.align.data import AlignData
@@ -91,6 +92,11 @@ def test_fit_validate_and_test_from_config_to_artefact(make_config, inputs):
     words = json.loads((run_dir / "attributes-val.json").read_text())["attributes"]
     assert set(words) <= set(HUES)
     assert {"sem", "aligned"} == set(next(iter(words.values())))
+
+    readout = load_readout(run_dir / "attribute_readout.safetensors")
+    assert set(readout.attributes) <= set(HUES)
+    assert readout.num_users == 20
+    assert readout.lineage["lora"] == "bb"
 
     path = run_dir / "projector.safetensors"
     loaded = load_projector(path)

@@ -259,17 +259,23 @@ class AlignData(LightningDataModule):
 
     def evaluation_batch(self, split: Split) -> EvaluationBatch:
         """Everything measured on the users of a split."""
-        users, train = self._users(split), self._splits["train"]
-        words = self.attribute_names
+        users, words = self._users(split), self.attribute_names
         texts = self._encode(split, orders=2)
+        train_sem, train_labels = self.labelled()
         return EvaluationBatch(
             sem=users.first_draws(),
             text=texts[:, 0],
             same_text=texts[:, 1],
             labels=_labels(users, words=words),
-            train_sem=train.first_draws(PROBE_USERS),
-            train_labels=_labels(train, words=words)[:PROBE_USERS],
+            train_sem=train_sem,
+            train_labels=train_labels,
         )
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """First draws (N,Dsem) of training users, at most ``PROBE_USERS``, and which attributes they like."""
+        train = self._splits["train"]
+        labels = _labels(train, words=self.attribute_names)
+        return train.first_draws(PROBE_USERS), labels[:PROBE_USERS]
 
     @property
     def attribute_names(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -16,12 +17,16 @@ from prefgen.evaluate import alignment
 from prefgen.mmd import mmd2
 from prefgen.mmd.bandwidth import mean_bandwidth, median_bandwidth
 from prefgen.models.projector import ProjectorShape, SemProjector, save_projector
+from prefgen.models.readout import MIN_USERS, fit_readout, save_readout
 from prefgen.models.text import TextSpace
 from prefgen.stages.align.config import AlignConfig, AlignLossConfig
 from prefgen.stages.align.data import AlignBatch, AlignData, EvaluationBatch
 from prefgen.stages.base import StageModule
 
+logger = logging.getLogger(__name__)
+
 ARTEFACT = "projector.safetensors"
+READOUT = "attribute_readout.safetensors"
 
 
 class AlignModule(StageModule):
@@ -170,10 +175,23 @@ class AlignModule(StageModule):
     # Artefact
 
     def export(self, run_dir: Path) -> Path:
-        """Write ``projector.safetensors`` with its shape and lineage as a json header."""
+        """Write ``projector.safetensors``, and beside it the linear readout of attributes from sem."""
         path = run_dir / ARTEFACT
         save_projector(self.projector, path=path, lineage=self._lineage, text=self._text_choice())
+        self._export_readout(run_dir / READOUT)
         return path
+
+    def _export_readout(self, path: Path) -> None:
+        """Write what ``prefgen profile explain`` reads words with where a profile holds none."""
+        data = self._data()
+        sem, labels = data.labelled()
+        if len(sem) < MIN_USERS:
+            path.unlink(missing_ok=True)  # an older fit's would be read as this one's
+            logger.warning("no attribute readout: %d training users, it takes %d", len(sem), MIN_USERS)
+            return
+        readout = fit_readout(sem, labels=labels, attributes=data.attribute_names, lineage=data.lineage)
+        save_readout(readout, path=path)
+        logger.info("attribute readout: %s (%d attributes, %d users)", path, labels.shape[1], len(sem))
 
     def _text_choice(self) -> dict[str, str]:
         model = self.config.model
