@@ -57,6 +57,20 @@ def test_probabilities_mean_what_they_say_on_unseen_users():
         assert abs(found[inside].mean() - truth[inside].mean()) < 0.12
 
 
+def test_curves_come_from_held_out_users_where_there_are_enough():
+    """Training users whose own likes were taught to the MLLM read without noise; unseen ones do not."""
+    sem, labels = world(400, seed=3, noise=0.1)
+    held_out, (unseen, truth) = world(400, seed=5, noise=2.5), world(2000, seed=6, noise=2.5)
+    gaps = []
+    for chosen in (held_out, None, tuple(part[:20] for part in held_out)):
+        readout = fit_readout(sem, labels=labels, attributes=WORDS, lineage={}, held_out=chosen)
+        found = readout.probabilities(unseen)[:, :READABLE]
+        sure = (found - 0.5).abs() > 0.4
+        gaps.append(float(((found > 0.5) != truth[:, :READABLE])[sure].float().mean()))
+    assert gaps[0] < 0.06
+    assert gaps[1] == gaps[2] > 0.1
+
+
 def test_more_coordinates_than_users_and_no_signal_is_no_certainty():
     """Read by a fit on the same rows, pure noise would look perfectly readable."""
     generator = torch.Generator().manual_seed(0)

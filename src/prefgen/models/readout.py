@@ -1,8 +1,8 @@
 """Attributes read linearly from ``sem_embeds``: words for a profile that holds none.
 
-One ridge regression for all attributes, its strength chosen by leave-one-out error; the left-out scores also
-set a logistic curve per attribute, so that a probability says how often such a reading is right on a user
-the readout has not seen. An attribute that cannot be read comes out at its share among the training users.
+One ridge regression for all attributes, its strength chosen by leave-one-out error; then a logistic curve
+per attribute on scores of users that the regression has not seen, so that a probability says how often such
+a reading is right. An attribute that cannot be read comes out at its share among those users.
 Nothing here is the paper's; the MLLM's own words are another thing (:mod:`prefgen.models.representation`).
 """
 
@@ -26,6 +26,9 @@ ARTEFACT_VERSION = 1
 
 MIN_USERS = 8
 """Fewer training users than this say nothing about how far a reading can be trusted."""
+
+MIN_HELD_OUT = 64
+"""Fewer held-out users give worse curves than the left-out scores of the training users."""
 
 _HEADER_KEY = "attribute_readout"
 _RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -119,7 +122,12 @@ class AttributeReadout:
 
 
 def fit_readout(
-    sem: Tensor, *, labels: Tensor, attributes: Sequence[str], lineage: Mapping[str, str]
+    sem: Tensor,
+    *,
+    labels: Tensor,
+    attributes: Sequence[str],
+    lineage: Mapping[str, str],
+    held_out: tuple[Tensor, Tensor] | None = None,
 ) -> AttributeReadout:
     """Fit on training users; deterministic, closed form but for the two numbers of each logistic curve.
 
@@ -128,6 +136,9 @@ def fit_readout(
         labels: (N,A) booleans, user likes attribute.
         attributes: the columns of ``labels``.
         lineage: part -> hash of the models that made ``sem``.
+        held_out: sem and labels of users whom the MLLM's LoRA has not seen either; taken for the curves where
+            they are at least ``MIN_HELD_OUT``. It was taught the training users' attributes, so on those
+            every reading looks surer than it is.
 
     Raises:
         ValueError: too few users, or numbers that do not fit together.
@@ -138,9 +149,12 @@ def fit_readout(
     mean, scale = rows.mean(dim=0), rows.std(dim=0, correction=0)
     # A coordinate that hardly moves would hand the readout its rounding noise, blown up.
     scale = scale.clamp_min(_SMALLEST_SCALE * float(scale.max())).clamp_min(1e-12) * rows.shape[1] ** 0.5
-    weight, left_out = _ridge((rows - mean) / scale, targets=targets)
-    slope, offset = _logistic(left_out, targets=targets)
-    share = targets.mean(dim=0)
+    weight, scores = _ridge((rows - mean) / scale, targets=targets)
+    share, truth = targets.mean(dim=0), targets
+    if held_out is not None and len(held_out[0]) >= MIN_HELD_OUT:
+        unseen = (held_out[0].double().cpu() - mean) / scale
+        scores, truth = unseen @ weight.T + share, held_out[1].double().cpu()
+    slope, offset = _logistic(scores, targets=truth)
     return AttributeReadout(
         attributes=tuple(attributes),
         sem_mean=mean.float(),

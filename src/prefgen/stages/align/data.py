@@ -277,6 +277,15 @@ class AlignData(LightningDataModule):
         labels = _labels(train, words=self.attribute_names)
         return train.first_draws(PROBE_USERS), labels[:PROBE_USERS]
 
+    def held_out(self) -> tuple[Tensor, Tensor] | None:
+        """The same of validation users; None where the embeddings hold none."""
+        try:
+            users = self._users("validation")
+        except DataError as error:
+            log.info("no held-out users for the attribute readout (%s)", error)
+            return None
+        return users.first_draws(), _labels(users, words=self.attribute_names)
+
     @property
     def attribute_names(self) -> list[str]:
         """The columns of ``labels``."""

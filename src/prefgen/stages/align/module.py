@@ -189,7 +189,13 @@ class AlignModule(StageModule):
             path.unlink(missing_ok=True)  # an older fit's would be read as this one's
             logger.warning("no attribute readout: %d training users, it takes %d", len(sem), MIN_USERS)
             return
-        readout = fit_readout(sem, labels=labels, attributes=data.attribute_names, lineage=data.lineage)
+        readout = fit_readout(
+            sem,
+            labels=labels,
+            attributes=data.attribute_names,
+            lineage=data.lineage,
+            held_out=data.held_out(),
+        )
         save_readout(readout, path=path)
         logger.info("attribute readout: %s (%d attributes, %d users)", path, labels.shape[1], len(sem))
 
