@@ -12,7 +12,9 @@ from PIL import Image
 
 from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, DataError
+from prefgen.models.pixels import to_pil
 from prefgen.models.readout import fit_readout, save_readout
+from prefgen.models.sampling import sample
 from prefgen.pipeline import PrefGenPipeline
 from prefgen.profile import UserProfile
 from prefgen.taste import TasteModels, read_images
@@ -48,6 +50,18 @@ def profile(pipeline):
 
 def same(first, second):
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
+
+
+def test_no_negative_prompt_is_what_the_base_was_trained_without(folder, profile):
+    """SDXL's base knows zeros there, not the encoded empty text."""
+    pipeline = load(folder)
+    painter = pipeline.painter
+    bundle = replace(painter.bundle, zero_empty_text=True)
+    pipeline.painter = replace(painter, bundle=bundle)
+    drawn = pipeline.generate("a boat", profile=profile, user_scale=0, num_steps=3)
+    options = {"seeds": [0], "num_steps": 3}
+    assert same(drawn, to_pil(sample(bundle, ["a boat"], **options)))
+    assert not same(drawn, to_pil(sample(bundle, ["a boat"], negative_prompts=[""], **options)))
 
 
 def test_build_save_load_generate(pipeline, profile, tmp_path):

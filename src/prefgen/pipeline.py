@@ -231,7 +231,7 @@ class PrefGenPipeline:
             seed: of the first image.
             num_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 or less switches it off.
-            negative_prompt: text of the unconditional branch.
+            negative_prompt: text of the unconditional branch; "" is none.
             batch_size: images drawn at a time; another number may change last bits.
             progress: called with the number of images just drawn.
 
@@ -255,7 +255,8 @@ class PrefGenPipeline:
                 users=users,
                 num_steps=num_steps,
                 guidance_scale=guidance_scale,
-                negative_prompts=[negative_prompt] * count,
+                # No text is not the empty text: SDXL's base was trained with zeros there, and so was inject.
+                negative_prompts=[negative_prompt] * count if negative_prompt else None,
             )
             images += to_pil(pixels)
             if progress is not None:
