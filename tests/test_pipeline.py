@@ -253,6 +253,19 @@ def test_parts_that_do_not_belong_together_are_refused(folder, tmp_path, profile
         mixed.generate("a boat", profile=profile)
 
 
+def test_a_lora_of_another_mllm_and_a_probe_of_another_lora_are_refused(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "lora" / "prefgen.json").write_text('{"mllm": "ff"}')
+    with pytest.raises(CheckpointError, match="LoRA at .* was trained on another MLLM"):
+        load(copy).build_profile(LIKED)
+    other = save_tiny_artefacts(tmp_path / "other", seed=9)
+    shutil.rmtree(copy / "lora")
+    shutil.copytree(other / "lora", copy / "lora")
+    with pytest.raises(CheckpointError, match="probe.json was made with another lora"):
+        load(copy).build_profile(LIKED)
+
+
 def test_missing_artefacts_are_named_with_the_command_that_makes_them(folder, tmp_path):
     with pytest.raises(CheckpointError, match="no artefacts at .*nowhere"):
         PrefGenPipeline.load(tmp_path / "nowhere")
@@ -289,7 +302,7 @@ def test_a_probe_of_a_deeper_mllm_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="reads layer 9, but the MLLM at .* has 4"):
         TasteModels.load(
             mllm=str(folder / "mllm"),
-            lora=None,
+            lora=folder / "lora",
             probe=probe,
             image_encoder=folder / "pipeline" / "image_encoder",
         )

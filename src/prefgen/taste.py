@@ -69,17 +69,20 @@ class TasteModels:
         Raises:
             CheckpointError: something is missing or does not fit.
         """
-        choice = read_choice(probe)
         folder = Path(mllm)
-        lineage = {
+        models = {
             "mllm": hash_folder(folder) if folder.is_dir() else f"hub:{mllm}",
             "lora": hash_folder(lora) if lora is not None else "none",
+        }
+        choice = read_choice(probe, lineage=models)
+        lineage = {
+            **models,
             "probe": hash_json(choice_to_json(choice)),
             "image_encoder": hash_folder(image_encoder),
         }
         model = MLLM.load(mllm, dtype=dtype, device=device)
         if lora is not None:
-            load_lora(model, path=lora)
+            load_lora(model, path=lora, mllm_hash=models["mllm"])
         deepest = max(choice.core_layer, *choice.sem_layers)
         if deepest > model.num_layers:
             raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,14 +176,20 @@ def choice_to_json(choice: LayerChoice) -> dict[str, Any]:
     }
 
 
-def read_choice(path: Path) -> LayerChoice:
+def read_choice(path: Path, *, lineage: Mapping[str, str] | None = None) -> LayerChoice:
     """The choice in a probe.json.
 
+    Args:
+        path: the file.
+        lineage: part -> hash of the MLLM and LoRA it will be used with; parts that either side does not know
+            are not compared. Layers chosen on one model say nothing about another.
+
     Raises:
-        CheckpointError: no such file, or no choice of known poolings in it.
+        CheckpointError: no such file, no choice of known poolings in it, or it was made with other models.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["choice"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found, made_with = record["choice"], dict(record.get("lineage", {}))
         choice = LayerChoice(
             sem_layers=tuple(int(layer) for layer in found["sem"]["layers"]),
             sem_pooling=found["sem"]["pooling"],
@@ -196,6 +202,12 @@ def read_choice(path: Path) -> LayerChoice:
         raise CheckpointError(f"{path} holds no choice of layers ({type(error).__name__}: {error})") from None
     if not {choice.core_pooling, choice.sem_pooling} <= set(POOLINGS) or not choice.sem_layers:
         raise CheckpointError(f"{path}: poolings must be among {', '.join(POOLINGS)}")
+    for part, value in (lineage or {}).items():
+        if made_with.get(part, value) != value:
+            raise CheckpointError(
+                f"{path} was made with another {part} ({str(made_with[part])[:12]}) than this one "
+                f"({value[:12]}); delete its folder and run 'prefgen fit --stage probe' again"
+            )
     return choice
 
 

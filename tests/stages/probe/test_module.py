@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from prefgen.data.embeddings import EmbeddingReader
 from prefgen.data.reader import ShardReader
 from prefgen.errors import CheckpointError, ConfigError
 from prefgen.models.image_encoder import ImageEncoder
-from prefgen.models.lora import load_lora
+from prefgen.models.lora import add_lora, load_lora, save_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.pooling import POOLINGS
 from prefgen.models.probes import read_choice
@@ -131,6 +132,20 @@ def test_embeddings_are_what_embed_history_gives(finished, inputs):
     np.testing.assert_allclose(user.image, encoder.embed(list(pictures.values())), atol=1e-5)
     assert user.prompts == tuple(one.prompt for one in (*sample.history.liked, *sample.history.disliked))
     assert user.liked_attributes == sample.history.liked_attributes
+
+
+def test_a_choice_of_layers_is_not_carried_to_another_lora(finished, inputs, tmp_path):
+    """A LoRA trained anew at the same place leaves the run finished, and its layers chosen on the old one."""
+    config, run_dir = finished
+    (tmp_path / "run").symlink_to(run_dir)
+    torch.manual_seed(7)
+    mllm = MLLM.load(inputs / "mllm")
+    save_lora(add_lora(mllm, rank=2), path=tmp_path / "lora")
+    config = replace(
+        config, run_dir=str(tmp_path / "run"), model=replace(config.model, lora=str(tmp_path / "lora"))
+    )
+    with pytest.raises(CheckpointError, match="made with another lora .* fit --stage probe' again"):
+        use(config, verb="predict", module=ProbeModule(config), data=ProbeData(config))
 
 
 def test_each_draw_leaves_targets_of_the_liked_side(finished):

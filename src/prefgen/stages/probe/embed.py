@@ -34,14 +34,18 @@ LARGEST_SHARE = 0.75
 """Of a side's images at most so much goes into one draw: the rest are targets and anchors of stage inject."""
 
 
-def probe_lineage(config: ProbeConfig, *, choice: LayerChoice) -> dict[str, str]:
-    """Hashes of what core and sem depend on."""
+def model_lineage(config: ProbeConfig) -> dict[str, str]:
+    """Hashes of the frozen models whose layers are probed."""
     lora = config.model.lora
     return {
         "mllm": model_hash(config.model.mllm),
         "lora": hash_folder(resolve_path(lora)) if lora else "none",
-        "probe": hash_json(choice_to_json(choice)),
     }
+
+
+def probe_lineage(config: ProbeConfig, *, choice: LayerChoice) -> dict[str, str]:
+    """Hashes of what core and sem depend on."""
+    return {**model_lineage(config), "probe": hash_json(choice_to_json(choice))}
 
 
 def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int) -> Draw:

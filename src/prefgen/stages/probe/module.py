@@ -31,7 +31,7 @@ from prefgen.stages.features import model_hash, model_source
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
 from prefgen.stages.probe.draws import ProbeSamples, shuffled
-from prefgen.stages.probe.embed import probe_lineage, write_embeddings
+from prefgen.stages.probe.embed import model_lineage, probe_lineage, write_embeddings
 from prefgen.stages.probe.report import GridReport, ProbeReport, heat_map, write_report
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,12 @@ class ProbeModule(StageModule):
     # Predict
 
     def layer_choice(self) -> LayerChoice:
-        """The choice that fit has written into the run folder."""
-        return read_choice(self.run_dir / ARTEFACT)
+        """The choice that fit has written into the run folder.
+
+        Raises:
+            CheckpointError: none there, or it was made with another MLLM or LoRA than configured.
+        """
+        return read_choice(self.run_dir / ARTEFACT, lineage=model_lineage(self.config))
 
     def predict(self, data: LightningDataModule) -> Path:
         """Write embedding shards of all splits."""
