@@ -62,6 +62,7 @@ def test_metrics_hold_each_kind_before_and_after(noted):
     _, run_dir = noted
     metrics = json.loads((run_dir / "metrics.json").read_text())
     names = {"val/accuracy_like", "val/accuracy_choose", "val/likes_precision", "val/likes_recall"}
+    names |= {"val/dislikes_precision", "val/dislikes_recall"}
     names |= {f"val/loss_{kind}" for kind in ("like", "choose", "likes", "dislikes")}
     for when in ("before", "fit"):
         assert names <= metrics[when].keys()

@@ -110,7 +110,7 @@ class VQAQuestionsConfig:
     first_token_weight: float = 2.0
     """Weight of the loss of an answer's first token among its own tokens."""
     num_listed_users: int = 16
-    """Unseen users whose lists are generated and checked in validation."""
+    """Unseen users whose lists of likes and of dislikes are generated and checked in validation."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from prefgen.stages.vqa.config import VQAConfig
 from prefgen.stages.vqa.data import VQABatch, VQAData
 
 ARTEFACT = "lora"
+ListKind = Literal["likes", "dislikes"]
+LISTS: tuple[ListKind, ...] = get_args(ListKind)
 CHOICES: dict[QuestionKind, tuple[str, str]] = {"like": YES_NO, "choose": FIRST_SECOND}
 
 
@@ -80,7 +82,7 @@ class VQAModule(StageModule):
         self._measure(batch, split="test", prefix="test")
 
     def on_validation_epoch_end(self) -> None:
-        """Let the model list what some users like, and check the lists."""
+        """Let the model list what some users like and dislike, and check the lists."""
         self._check_lists("validation", prefix="val")
 
     def on_test_epoch_end(self) -> None:
@@ -128,29 +130,31 @@ class VQAModule(StageModule):
 
     @torch.no_grad()
     def _check_lists(self, split: Split, *, prefix: str) -> None:
+        """Precision and recall of the generated lists, the accuracy of the two open question kinds."""
         data = self._data.split(split)
         if not len(data.features):
             return
         count = self.config.questions.num_listed_users
-        known = [user for user in data.users if user.history.liked_attributes][:count]
         scores: dict[str, list[float]] = defaultdict(list)
-        for user in known:
-            said = self._list_likes(user, features=data.features)
-            right = set(said) & set(user.history.liked_attributes)
-            scores["precision"].append(len(right) / max(1, len(said)))
-            scores["recall"].append(len(right) / len(user.history.liked_attributes))
+        for kind in LISTS:
+            truths = [(user, _true_list(user, kind=kind)) for user in data.users]
+            for user, truth in [pair for pair in truths if pair[1]][:count]:
+                said = self._list(user, kind=kind, features=data.features)
+                right = truth & set(said)
+                scores[f"{kind}_precision"].append(len(right) / max(1, len(said)))
+                scores[f"{kind}_recall"].append(len(right) / len(truth))
         for name, values in scores.items():
             mean = sum(values) / len(values)
-            self.log(f"{prefix}/likes_{name}", mean, sync_dist=True, batch_size=len(values))
+            self.log(f"{prefix}/{name}", mean, sync_dist=True, batch_size=len(values))
 
-    def _list_likes(self, user: UserRows, *, features: Tensor) -> tuple[str, ...]:
+    def _list(self, user: UserRows, *, kind: ListKind, features: Tensor) -> tuple[str, ...]:
         most = self.config.data.eval_references
         liked = range(min(most, len(user.history.liked)))
         disliked = range(min(most, len(user.history.disliked)))
         pieces = history_pieces(
             user.rows("liked", positions=liked), disliked=user.rows("disliked", positions=disliked)
         )
-        item = PackItem(history=pieces, questions=[list_question("likes")])
+        item = PackItem(history=pieces, questions=[list_question(kind)])
         return parse_attributes(self.mllm.generate(item, image_features=features, max_new_tokens=64))
 
     # Artefact
@@ -159,6 +163,11 @@ class VQAModule(StageModule):
         """Write ``lora/`` in peft's format, with the hash of the model it belongs to beside it."""
         mllm_hash = model_hash(self.config.model.mllm)
         return save_lora(self.lora, path=run_dir / ARTEFACT, mllm_hash=mllm_hash)
+
+
+def _true_list(user: UserRows, *, kind: ListKind) -> set[str]:
+    history = user.history
+    return set(history.liked_attributes if kind == "likes" else history.disliked_attributes)
 
 
 def _rows_by_kind(batch: VQABatch) -> dict[QuestionKind, list[int]]:
