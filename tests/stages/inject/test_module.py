@@ -83,6 +83,15 @@ def test_fit_writes_a_small_artefact_that_loads(make_config, tmp_path):
         assert grid.height in (16 * 2, 16 * 3, 16 * 4, 16 * 5), "liked pictures, then a row a prompt"
 
 
+def test_what_is_measured_before_training_is_what_training_starts_from(make_config, tmp_path):
+    settings = ("trainer.max_steps=1", "optim.learning_rate=1e-12", "data.max_eval_users=4")
+    run_fit(make_config(*settings, "trainer.validate_before_fit=true", "trainer.val_check_interval=1"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for name in ("val/loss", "val/loss_other"):
+        assert metrics["before"][name] == pytest.approx(metrics["fit"][name], rel=1e-5)
+    assert metrics["before"]["val/loss"] != metrics["before"]["val/loss_base"]
+
+
 def test_mixed_precision_over_a_bfloat16_base(make_config, tmp_path):
     """As the mini preset trains: the adapter stays float32, and its steps are not rounded away."""
     config = make_config(

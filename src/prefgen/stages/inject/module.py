@@ -87,8 +87,12 @@ class InjectModule(StageModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Fix the fusion's statistics on training users; a checkpoint's replace them afterwards."""
-        if stage != "fit":
+        """Fix the fusion's statistics on training users, unless a checkpoint has brought them.
+
+        Also before the validation that comes ahead of training: raw hidden states would make other tokens of
+        every user than those training starts from. A checkpoint to resume from replaces them afterwards.
+        """
+        if stage not in ("fit", "validate") or bool(self.adapter.fusion.mean.any()):
             return
         data = self.trainer.datamodule
         assert isinstance(data, InjectData)
