@@ -176,11 +176,18 @@ def test_bad_images_are_one_line(models, tmp_path, capsys, content, message):
         (["--num-images", "0"], "at least 1"),
         (["--user-scale", "much"], "expected a finite number"),
         (["--steps", "2.5"], "at least 1"),
+        (["--steps", "100000"], "num_steps must be from 1 to 1000, got 100000"),
+        (["--seed", "-1"], "expected a whole number from 0 to"),
+        (["--seed", "9" * 30], "expected a whole number from 0 to"),
+        (["--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda, cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
     ],
 )
 def test_bad_numbers_are_one_line(models, profile, tmp_path, capsys, words, message):
     base = ["generate", "--profile", profile, "--prompt", "x", "--out", tmp_path / "o", *models]
-    assert message in fails(capsys, *base, *words)
+    error = fails(capsys, *base, *words)
+    assert message in error
+    assert "Error:" not in error, "an exception's name is no message for a user"
 
 
 def test_a_prompt_too_long_and_no_profile_are_one_line(models, profile, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefgen import __version__
-from prefgen.commands.profile import add_artefact_options, open_pipeline
+from prefgen.commands.profile import add_artefact_options, open_pipeline, seed_number
 from prefgen.errors import ConfigError
 from prefgen.lineage import hash_file
 
@@ -43,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
         "--user-scale", type=_number, default=0.8, help="strength of the user; 0 is the base model (0.8)"
     )
     parser.add_argument("--num-images", type=_count, default=4, help="how many images (4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has one more (0)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the first image; the next has one more (0)"
+    )
     parser.add_argument("--steps", type=_count, default=25, help="denoising steps (25)")
     parser.add_argument("--guidance-scale", type=_number, default=5.0, help="classifier-free guidance (5.0)")
     parser.add_argument("--negative-prompt", default="", help="what not to draw, in words")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ examples:
   prefgen profile explain me.safetensors
   prefgen profile show me.safetensors
 """
+
+
+_LARGEST_SEED = (1 << 62) - 1
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,14 +57,27 @@ def open_pipeline(args: argparse.Namespace) -> PrefGenPipeline:
 
     from prefgen.pipeline import PrefGenPipeline
 
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
+    _check_device(args.device, num_gpus=torch.cuda.device_count())
     return PrefGenPipeline.load(
         None if args.artefacts is None else resolve_path(args.artefacts),
         pipeline=None if args.pipeline is None else resolve_path(args.pipeline),
         mllm=None if args.mllm is None else _model_name(args.mllm),
         device=args.device,
     )
+
+
+def _check_device(device: str, *, num_gpus: int) -> None:
+    if (match := re.fullmatch(r"cpu|cuda(?::(\d+))?", device)) is None:
+        raise ConfigError(f"--device: {device!r} is not one of cpu, cuda, cuda:N")
+    if device != "cpu" and int(match[1] or 0) >= num_gpus:
+        raise ConfigError(f"--device {device}: torch sees {num_gpus} GPUs here; use --device cpu")
+
+
+def seed_number(text: str) -> int:
+    """A seed from the command line: what numpy and torch both take, with room for one more an image."""
+    if not text.isascii() or not text.isdigit() or int(text) > _LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {_LARGEST_SEED}, got {text!r}")
+    return int(text)
 
 
 def _model_name(name: str) -> str:
@@ -86,7 +103,7 @@ def _add_build(actions: Any) -> None:
         "--words", action="store_true", help="ask the MLLM what this user likes and dislikes, and store it"
     )
     parser.add_argument("--user-id", metavar="NAME", help="store a name in the file (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the reference draws (0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the reference draws (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     add_artefact_options(parser)
     parser.set_defaults(run=run_build)

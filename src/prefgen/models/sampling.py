@@ -109,8 +109,11 @@ def sample(
         pixels (B,3,H,W) float32, about [-1,1], not clamped; see ``pixels.to_pil``.
 
     Raises:
-        DataError: the numbers of prompts, seeds, noise or users differ, or a prompt is too long.
+        DataError: the numbers of prompts, seeds, noise or users differ, a prompt is too long, or there are
+            more steps than the model has timesteps.
     """
+    if not 1 <= num_steps <= len(bundle.schedule):
+        raise DataError(f"num_steps must be from 1 to {len(bundle.schedule)}, got {num_steps}")
     noise = noise_for(seeds, bundle=bundle) if noise is None else noise
     counts = {"prompts": len(prompts), "seeds": len(seeds), "noise": len(noise)}
     if negative_prompts is not None:
