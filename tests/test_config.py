@@ -22,6 +22,7 @@ from prefgen.config import (
 from prefgen.config_keys import list_keys
 from prefgen.errors import ConfigError
 from prefgen.stages import STAGES
+from prefgen.study.config import load_evaluate_config
 from toy_config import NeedyConfig, ToyConfig
 
 
@@ -234,6 +235,10 @@ def test_every_shipped_configuration_loads(path):
     """A variant of a stage's file is named after it: inject_image_only.yaml."""
     assert path.parent.name in PRESETS
     stage = path.stem.partition("_")[0]
+    if path.stem == "evaluate":
+        config = load_evaluate_config(file=path, overrides=["workdir=elsewhere"])
+        assert config.out.startswith("elsewhere/")
+        return
     if path.stem == "demo_thresholds":
         assert isinstance(yaml.safe_load(path.read_text()), dict)
         return

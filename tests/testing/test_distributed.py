@@ -1,21 +1,7 @@
 import pytest
+from rank_functions import add_up, fail_on_last
 
 from prefgen.testing.distributed import run_distributed
-
-
-def add_up(rank, world_size, start):
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor([float(start + rank)])
-    dist.all_reduce(total)
-    return total.item()
-
-
-def fail_on_last(rank, world_size):
-    if rank == world_size - 1:
-        raise ValueError("rank had enough")
-    return rank
 
 
 @pytest.mark.dist

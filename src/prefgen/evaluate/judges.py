@@ -63,7 +63,7 @@ class Judge(nn.Module):
         self.trunk = nn.Sequential(
             *(_Residual(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         )
-        # Place matters (composition, frames), so the last map is flattened in coarse cells, not averaged away.
+        # Place matters (composition, frames): the last map is flattened in coarse cells, not averaged away.
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.mix = nn.Sequential(nn.Linear(_WIDTHS[-1] * 16, 256), nn.ReLU(), nn.Dropout(0.2))
         self.heads = nn.ModuleDict(

@@ -45,8 +45,8 @@ def run_distributed(
     """Call ``function(rank, world_size, *args)`` on every rank of a gloo group.
 
     Args:
-        function: importable at module level (processes are spawned); what it returns must be savable by
-            torch.
+        function: importable at module level (processes are spawned); what it returns must be tensors
+            and plain values.
         world_size: number of processes.
         args: further arguments, picklable.
         timeout: seconds after which every process is killed.
@@ -74,8 +74,7 @@ def run_distributed(
                     worker.kill()
                 worker.join()
         return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)["result"]
-            for rank in range(world_size)
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=True)["result"] for rank in range(world_size)
         ]
 
 
