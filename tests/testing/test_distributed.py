@@ -1,7 +1,7 @@
 import pytest
-from rank_functions import add_up, fail_on_last
 
 from prefgen.testing.distributed import run_distributed
+from rank_functions import add_up, fail_on_last
 
 
 @pytest.mark.dist
