@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import ArtefactKind
 
-ARTEFACT_VERSION = 1
-"""Version of ``projector.safetensors``; a reader refuses any other."""
+KIND = ArtefactKind(name="projector", key="projector", version=1, stage="align")
+"""``projector.safetensors``."""
 
-_HEADER_KEY = "projector"
 _SMALLEST_SCALE = 1e-6
 
 
@@ -115,7 +112,7 @@ class LoadedProjector:
 def save_projector(
     projector: SemProjector, *, path: Path, lineage: Mapping[str, str], text: Mapping[str, str]
 ) -> None:
-    """Write weights and json header in one piece: to a temporary name, then renamed.
+    """Write ``projector.safetensors``.
 
     Args:
         projector: what to write.
@@ -123,18 +120,8 @@ def save_projector(
         lineage: part -> hash of the models it depends on.
         text: which text encoder and pooling it maps into.
     """
-    header = {
-        "version": ARTEFACT_VERSION,
-        "shape": asdict(projector.shape),
-        "lineage": dict(lineage),
-        "text": dict(text),
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in projector.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # save_file would make a file that only its owner can read, and so a shared artefact of no use.
-    temporary.write_bytes(to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)}))
-    temporary.replace(path)
+    header = {"shape": asdict(projector.shape), "lineage": dict(lineage), "text": dict(text)}
+    KIND.write(path, tensors=projector.state_dict(), header=header)
 
 
 def load_projector(path: Path) -> LoadedProjector:
@@ -143,17 +130,9 @@ def load_projector(path: Path) -> LoadedProjector:
     Raises:
         CheckpointError: absent, torn, of another kind or version, or with other tensors than its header says.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no projector at {path}; run 'prefgen fit --stage align' first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if not isinstance(header, dict) or header.get("version") != ARTEFACT_VERSION:
-            raise CheckpointError(f"{path} is no projector of version {ARTEFACT_VERSION}; train it again")
+    header, tensors = KIND.read(path)
+    with KIND.fitting(path):
         projector = SemProjector(ProjectorShape(**header["shape"]))
         projector.load_state_dict(tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no projector or torn: {str(error).splitlines()[0]}") from None
-    projector.requires_grad_(False).eval()
-    return LoadedProjector(projector=projector, lineage=header["lineage"], text=header["text"])
+        projector.requires_grad_(False).eval()
+        return LoadedProjector(projector=projector, lineage=header["lineage"], text=header["text"])

@@ -8,21 +8,19 @@ Nothing here is the paper's; the MLLM's own words are another thing (:mod:`prefg
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import ArtefactKind
 
-ARTEFACT_VERSION = 1
-"""Version of ``attribute_readout.safetensors``; a reader refuses any other."""
+KIND = ArtefactKind(name="attribute readout", key="attribute_readout", version=1, stage="align")
+"""``attribute_readout.safetensors``."""
 
 MIN_USERS = 8
 """Fewer training users than this say nothing about how far a reading can be trusted."""
@@ -30,7 +28,6 @@ MIN_USERS = 8
 MIN_HELD_OUT = 64
 """Fewer held-out users give worse curves than the left-out scores of the training users."""
 
-_HEADER_KEY = "attribute_readout"
 _RIDGES = tuple(10.0**power for power in range(-4, 3))
 _NEWTON_STEPS = 60
 _SMALLEST_SCALE = 1e-3
@@ -222,18 +219,13 @@ def _logistic(scores: Tensor, *, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_readout(readout: AttributeReadout, *, path: Path) -> None:
-    """Write tensors and json header in one piece: to a temporary name, then renamed."""
+    """Write ``attribute_readout.safetensors``."""
     header = {
-        "version": ARTEFACT_VERSION,
         "attributes": list(readout.attributes),
         "num_users": readout.num_users,
         "lineage": dict(readout.lineage),
     }
-    tensors = {name: getattr(readout, name).contiguous() for name in _NAMES}
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)}))
-    temporary.replace(path)
+    KIND.write(path, tensors={name: getattr(readout, name) for name in _NAMES}, header=header)
 
 
 def load_readout(path: Path) -> AttributeReadout:
@@ -242,22 +234,11 @@ def load_readout(path: Path) -> AttributeReadout:
     Raises:
         CheckpointError: absent, torn, of another kind or version, or with parts that do not fit together.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no attribute readout at {path}; run 'prefgen fit --stage align' first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
-            if not isinstance(header, dict) or header.get("version") != ARTEFACT_VERSION:
-                raise CheckpointError(
-                    f"{path} is no attribute readout of version {ARTEFACT_VERSION}; fit stage align again"
-                )
-            tensors = {name: file.get_tensor(name) for name in _NAMES}
+    header, tensors = KIND.read(path)
+    with KIND.fitting(path):
         return AttributeReadout(
             **tensors,
             attributes=tuple(str(word) for word in header["attributes"]),
             num_users=int(header["num_users"]),
             lineage={str(part): str(value) for part, value in header["lineage"].items()},
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no attribute readout or torn: {reason}") from None

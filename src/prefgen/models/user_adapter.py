@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import ArtefactKind
 from prefgen.models.fusion import FusionShape, PartName, UserFusion, count_parameters
 from prefgen.models.user_attention import UserAttention
 
-ARTEFACT_VERSION = 1
-_HEADER_KEY = "prefgen_user_adapter"
+KIND = ArtefactKind(name="user adapter", key="prefgen_user_adapter", version=1, stage="inject")
+"""``user_adapter.safetensors``."""
 
 
 class UserAdapter(nn.Module):
@@ -113,7 +111,7 @@ class LoadedUserAdapter:
 
 
 def save_user_adapter(adapter: UserAdapter, *, path: Path, lineage: Mapping[str, str]) -> None:
-    """Write the trained part and a json header in one piece: to a temporary name, then renamed.
+    """Write ``user_adapter.safetensors``: the trained part and fixed statistics.
 
     Args:
         adapter: what to write.
@@ -121,17 +119,11 @@ def save_user_adapter(adapter: UserAdapter, *, path: Path, lineage: Mapping[str,
         lineage: part -> hash of the models it depends on.
     """
     header = {
-        "version": ARTEFACT_VERSION,
         "shape": asdict(adapter.fusion.shape),
         "layers": list(adapter.attention.names),
         "lineage": dict(lineage),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
-    temporary.chmod(0o644)  # safetensors makes it readable for its owner only
-    temporary.replace(path)
+    KIND.write(path, tensors=adapter.state_dict(), header=header)
 
 
 def load_user_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
@@ -140,20 +132,12 @@ def load_user_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
     Raises:
         CheckpointError: absent, torn, of another kind or version, or trained for a UNet of other layers.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no user adapter at {path}; run 'prefgen fit --stage inject' first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if not isinstance(header, dict) or header.get("version") != ARTEFACT_VERSION:
-            raise CheckpointError(f"{path} is no user adapter of version {ARTEFACT_VERSION}; train it again")
+    header, tensors = KIND.read(path)
+    with KIND.fitting(path):
         shape = {**header["shape"], "parts": tuple(header["shape"]["parts"])}
         adapter = UserAdapter(unet, shape=FusionShape(**{**shape, "widths": tuple(shape["widths"])}))
         if list(adapter.attention.names) != header["layers"]:
             raise CheckpointError(f"{path} was trained for a UNet of other layers; use the pipeline it names")
         adapter.load_state_dict(tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no user adapter or torn: {str(error).splitlines()[0]}") from None
-    adapter.requires_grad_(False).eval()
-    return LoadedUserAdapter(adapter=adapter, lineage=header["lineage"])
+        adapter.requires_grad_(False).eval()
+        return LoadedUserAdapter(adapter=adapter, lineage=header["lineage"])

@@ -1,0 +1,50 @@
+import os
+
+import pytest
+import torch
+
+from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import ArtefactKind
+
+KIND = ArtefactKind(name="thing", key="thing", version=2, stage="align")
+
+
+def test_written_whole_for_everyone_and_read_back(tmp_path):
+    path = tmp_path / "new" / "thing.safetensors"
+    before = os.umask(0o022)
+    try:
+        KIND.write(path, tensors={"a": torch.arange(6.0).view(2, 3).T}, header={"words": ["x"]})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+    header, tensors = KIND.read(path)
+    assert header == {"words": ["x"], "version": 2}
+    assert torch.equal(tensors["a"], torch.arange(6.0).view(2, 3).T)
+
+
+def test_absent_torn_foreign_and_older_files_are_one_line(tmp_path):
+    path = tmp_path / "thing.safetensors"
+    with pytest.raises(CheckpointError, match="no thing at .* fit --stage align' first"):
+        KIND.read(path)
+    older = ArtefactKind(name="thing", key="thing", version=1, stage="align")
+    foreign = ArtefactKind(name="other", key="other", version=2, stage="align")
+    for kind in (older, foreign):
+        kind.write(path, tensors={}, header={})
+        with pytest.raises(CheckpointError, match="is no thing of version 2; run .* again"):
+            KIND.read(path)
+    path.write_bytes(b"\x10")
+    with pytest.raises(CheckpointError, match="is no thing or torn: "):
+        KIND.read(path)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a\nb"), TypeError()])
+def test_content_that_does_not_fit_is_one_line(tmp_path, error):
+    with pytest.raises(CheckpointError, match="is no thing or torn: ") as caught, KIND.fitting(tmp_path):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_our_own_refusals_pass_through(tmp_path):
+    with pytest.raises(CheckpointError, match="^as it was$"), KIND.fitting(tmp_path):
+        raise CheckpointError("as it was")
