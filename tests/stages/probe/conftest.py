@@ -35,6 +35,7 @@ def probe_config(inputs):
             "data.intra_references": 4,
             "embed.out": f"{run_dir}-embeddings",
             "embed.num_draws": 3,
+            "embed.sparse_share": 0.4,
             "embed.num_references": 4,
             "trainer.accelerator": "cpu",
             "trainer.precision": "32-true",

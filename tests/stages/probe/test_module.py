@@ -134,6 +134,21 @@ def test_embeddings_are_what_embed_history_gives(finished, inputs):
     assert user.liked_attributes == sample.history.liked_attributes
 
 
+def test_the_last_draws_are_what_a_new_user_begins_with(finished):
+    """Of three draws the last is sparse; full ones come first, because that one is measured with."""
+    config, _ = finished
+    full, sparse = [], []
+    for split in ("train", "validation", "test"):
+        reader = EmbeddingReader(config.embed.out, split=split)
+        for position in range(len(reader)):
+            for draw, keys in enumerate(reader[position].reference_keys):
+                counts = tuple(sum(f"/{side}." in key for key in keys) for side in ("liked", "disliked"))
+                (full if draw < 2 else sparse).append(counts)
+    assert set(full) == {(4, 4)}
+    assert {liked for liked, _ in sparse} == {1, 2, 3, 4}
+    assert 0.25 < sum(disliked == 0 for _, disliked in sparse) / len(sparse) < 0.75
+
+
 def test_a_choice_of_layers_is_not_carried_to_another_lora(finished, inputs, tmp_path):
     """A LoRA trained anew at the same place leaves the run finished, and its layers chosen on the old one."""
     config, run_dir = finished

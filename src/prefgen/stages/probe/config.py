@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig, at_least, require
+from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig, at_least, given, require
 
 
 @dataclass
@@ -87,11 +87,19 @@ class EmbedConfig:
     """Reference draws a user."""
     num_references: int = 8
     """References of either side in a draw; a side keeps at least a quarter of its images as targets."""
+    sparse_share: float = 0.25
+    """Share of the draws, the last ones, with few references: 1 to num_references liked ones and, in half of
+    them, no disliked ones. A profile may be built from a single image."""
     users_per_pass: int = 16
     """Users embedded at a time."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        if given(self.sparse_share):
+            require(
+                0 <= self.sparse_share < 1,
+                f"embed.sparse_share={self.sparse_share} must be at least 0 and below 1",
+            )
         for name in ("num_draws", "num_references", "users_per_pass"):
             at_least(f"embed.{name}", getattr(self, name), minimum=1)
 

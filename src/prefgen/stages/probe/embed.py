@@ -48,11 +48,23 @@ def probe_lineage(config: ProbeConfig, *, choice: LayerChoice) -> dict[str, str]
     return {**model_lineage(config), "probe": hash_json(choice_to_json(choice))}
 
 
-def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int) -> Draw:
-    """Reference draw number ``draw`` of a user."""
+def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int, sparse: bool = False) -> Draw:
+    """Reference draw number ``draw`` of a user.
+
+    Args:
+        history: the user.
+        draw: its number.
+        num_references: references of either side.
+        seed: of the run.
+        sparse: fewer references, of unequal numbers, half the time no disliked one: what a new user begins
+            with. Stages that only ever met full histories would be strangers to such a profile.
+    """
     rng = rng_for(seed=seed, epoch=draw, key=history.user_id, purpose="embedding references")
-    counts = [_most(len(side), wanted=num_references) for side in (history.liked, history.disliked)]
-    return draw_references(history, num_liked=counts[0], num_disliked=counts[1], rng=rng)
+    liked, disliked = (_most(len(side), wanted=num_references) for side in (history.liked, history.disliked))
+    if sparse and liked:
+        liked = int(rng.integers(1, liked + 1))
+        disliked = int(rng.integers(1, disliked + 1)) if disliked and rng.integers(2) else 0
+    return draw_references(history, num_liked=liked, num_disliked=disliked, rng=rng)
 
 
 def write_embeddings(config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, device: torch.device) -> Path:
@@ -69,6 +81,7 @@ def write_embeddings(config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, de
         "image_encoder": hash_folder(encoder_path),
         "choice": choice_to_json(choice),
         "num_references": config.embed.num_references,
+        "sparse_share": config.embed.sparse_share,
         "seed": config.seed,
     }
     index = read_index(resolve_path(config.data.shards), kind="histories")
@@ -103,6 +116,7 @@ def _embed_split(
     features = load_split(config, mllm=mllm, split=split, device=mllm.device)
     reader = ShardReader(resolve_path(config.data.shards), split=split)
     embed, step = config.embed, config.embed.users_per_pass
+    first_sparse = embed.num_draws - int(embed.num_draws * embed.sparse_share)
     total = len(features.users)
     with tqdm(total=total, desc=f"embedding users ({split})", unit="user", disable=total < 100) as bar:
         for start in range(0, total, step):
@@ -110,7 +124,13 @@ def _embed_split(
                 _Drawn(
                     user=user,
                     draws=tuple(
-                        draw_of(user.history, draw=i, num_references=embed.num_references, seed=config.seed)
+                        draw_of(
+                            user.history,
+                            draw=i,
+                            num_references=embed.num_references,
+                            seed=config.seed,
+                            sparse=i >= first_sparse,
+                        )
                         for i in range(embed.num_draws)
                     ),
                 )
