@@ -10,11 +10,11 @@ from PIL import Image
 
 from prefgen.data.embeddings import EmbeddingReader
 from prefgen.data.reader import ShardReader
-from prefgen.errors import CheckpointError, ConfigError
+from prefgen.errors import CheckpointError, ConfigError, DataError
 from prefgen.models.image_encoder import ImageEncoder
 from prefgen.models.lora import add_lora, load_lora, save_lora
 from prefgen.models.mllm import MLLM
-from prefgen.models.pooling import POOLINGS
+from prefgen.models.pooling import POOLINGS, pooled_states
 from prefgen.models.probes import read_choice
 from prefgen.models.representation import embed_history, like_probability, list_attributes
 from prefgen.run import fit, use
@@ -147,6 +147,17 @@ def test_the_last_draws_are_what_a_new_user_begins_with(finished):
     assert set(full) == {(4, 4)}
     assert {liked for liked, _ in sparse} == {1, 2, 3, 4}
     assert 0.25 < sum(disliked == 0 for _, disliked in sparse) / len(sparse) < 0.75
+
+
+def test_hidden_states_too_large_to_keep_are_refused(probe_config, tmp_path, monkeypatch):
+    from prefgen.stages.probe import module
+
+    def large(mllm, **rest):
+        return pooled_states(mllm, **rest) * 1e6
+
+    monkeypatch.setattr(module, "pooled_states", large)
+    with pytest.raises(DataError, match="overflow float16"):
+        train(probe_config(tmp_path / "run"))
 
 
 def test_a_choice_of_layers_is_not_carried_to_another_lora(finished, inputs, tmp_path):

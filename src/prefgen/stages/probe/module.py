@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prefgen.config import resolve_path
 from prefgen.data.index import read_index
+from prefgen.errors import DataError
 from prefgen.models.lora import load_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.packing import pack_batch
@@ -117,7 +118,12 @@ class ProbeModule(StageModule):
                 batch = pack_batch(self.mllm.encoder, items=items, max_length=self.mllm.max_length)
                 pooled = pooled_states(self.mllm, batch=batch.to(self.mllm.device), image_features=features)
                 parts.append(pooled.flatten(1, 2).half().cpu())
-        return torch.cat(parts)
+        states = torch.cat(parts)
+        if not bool(torch.isfinite(states).all()):
+            raise DataError(
+                f"hidden states ({label}) hold NaN or overflow float16; try model.frozen_dtype=float32"
+            )
+        return states
 
     def _grid(self, name: GridName) -> ProbeGrid:
         grid = self.grids[name]
