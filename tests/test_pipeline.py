@@ -12,9 +12,12 @@ from PIL import Image
 
 from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, DataError
+from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.pixels import to_pil
+from prefgen.models.projector import load_projector, save_projector
 from prefgen.models.readout import fit_readout, save_readout
 from prefgen.models.sampling import sample
+from prefgen.models.user_adapter import load_user_adapter, save_user_adapter
 from prefgen.pipeline import PrefGenPipeline
 from prefgen.profile import UserProfile
 from prefgen.taste import TasteModels, read_images
@@ -264,6 +267,34 @@ def test_a_lora_of_another_mllm_and_a_probe_of_another_lora_are_refused(folder, 
     shutil.copytree(other / "lora", copy / "lora")
     with pytest.raises(CheckpointError, match="probe.json was made with another lora"):
         load(copy).build_profile(LIKED)
+
+
+def test_a_projector_into_the_second_text_encoder_is_compared_with_that_one(folder, tmp_path, profile):
+    """As with SDXL; the first encoder is another one and must not be asked."""
+    copy, other = tmp_path / "copy", save_tiny_artefacts(tmp_path / "other", seed=9)
+    shutil.copytree(folder, copy)
+    second = copy / "pipeline" / "text_encoder_2"
+    shutil.copytree(other / "pipeline" / "text_encoder", second)
+    bundle = load(copy).painter.bundle
+    adapter = load_user_adapter(copy / "user_adapter.safetensors", unet=bundle.unet)
+    projector = load_projector(copy / "projector.safetensors")
+    save_projector(
+        projector.projector,
+        path=copy / "projector.safetensors",
+        lineage=projector.lineage,
+        text={"text_encoder": "text_encoder_2"},
+    )
+    lineage = {
+        **adapter.lineage,
+        "text_encoder": hash_folder(second),
+        "projector": hash_file(copy / "projector.safetensors"),
+    }
+    save_user_adapter(adapter.adapter, path=copy / "user_adapter.safetensors", lineage=lineage)
+    assert load(copy).generate("a boat", profile=profile, num_steps=2)
+    shutil.rmtree(second)
+    shutil.copytree(folder / "pipeline" / "text_encoder", second)
+    with pytest.raises(CheckpointError, match="trained with another text_encoder_2 than"):
+        load(copy).generate("a boat", profile=profile, num_steps=2)
 
 
 def test_missing_artefacts_are_named_with_the_command_that_makes_them(folder, tmp_path):

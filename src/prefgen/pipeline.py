@@ -14,7 +14,7 @@ Both sides load when they are first needed: building a profile reads no UNet, dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +38,6 @@ from prefgen.taste import TasteModels
 
 BATCH_SIZE = 4
 """Images drawn at a time. Sums of another batch size may round differently, so it is noted beside images."""
-
-_ADAPTER_PARTS = ("unet", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +85,7 @@ class Painter:
         bundle = DiffusionBundle.load(str(artefacts.pipeline), dtype=dtype, device=device)
         loaded = load_user_adapter(artefacts.user_adapter, unet=bundle.unet)
         lineage = loaded.lineage
-        for part in _ADAPTER_PARTS:
-            folder = artefacts.pipeline / part
-            if part in lineage and folder.is_dir() and hash_folder(folder) != lineage[part]:
-                raise CheckpointError(
-                    f"{artefacts.user_adapter} was trained with another {part} than {folder} holds; "
-                    "use the pipeline it was trained with"
-                )
+        _require_part(artefacts, part="unet", lineage=lineage, key="unet")
         projector = None
         if "aligned" in loaded.adapter.fusion.shape.parts:
             artefacts.require("projector")
@@ -102,7 +94,11 @@ class Painter:
                     f"{artefacts.user_adapter} was trained with another projector than "
                     f"{artefacts.projector}; run 'prefgen fit --stage inject' again after stage align"
                 )
-            projector = load_projector(artefacts.projector).projector.to(device)
+            found = load_projector(artefacts.projector)
+            # SDXL has two text encoders; the lineage names the one whose space the projector maps into.
+            encoder = found.text.get("text_encoder", "text_encoder")
+            _require_part(artefacts, part=encoder, lineage=lineage, key="text_encoder")
+            projector = found.projector.to(device)
         adapter = loaded.adapter.to(device)
         adapter.attention.install()
         return Painter(bundle=bundle, projector=projector, adapter=adapter, lineage=lineage)
@@ -122,6 +118,15 @@ class Painter:
             rows["aligned"] = self.projector(sem[None].to(device))[0]
         wanted = self.adapter.fusion.shape.parts
         return {name: value.expand(count, -1) for name, value in rows.items() if name in wanted}
+
+
+def _require_part(artefacts: Artefacts, *, part: str, lineage: Mapping[str, str], key: str) -> None:
+    folder = artefacts.pipeline / part
+    if key in lineage and folder.is_dir() and hash_folder(folder) != lineage[key]:
+        raise CheckpointError(
+            f"{artefacts.user_adapter} was trained with another {part} than {folder} holds; "
+            "use the pipeline it was trained with"
+        )
 
 
 class PrefGenPipeline:
