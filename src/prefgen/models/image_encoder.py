@@ -15,6 +15,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from prefgen.errors import DataError
 from prefgen.models.loading import quiet_loading
 
+BATCH_SIZE = 64
+"""Images per pass."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
@@ -45,7 +48,14 @@ class ImageEncoder:
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, Dimage) float32 on the CPU."""
+        """(N, Dimage) float32 on the CPU; a folder of thousands goes through in batches."""
+        parts = [
+            self._embed_batch(images[start : start + BATCH_SIZE])
+            for start in range(0, len(images), BATCH_SIZE)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, int(self.model.config.projection_dim))
+
+    def _embed_batch(self, images: Sequence[Image.Image]) -> Tensor:
         values = self.feature_extractor([i.convert("RGB") for i in images], return_tensors="pt")
         pixels = values["pixel_values"].to(device=self.model.device, dtype=self.model.dtype)
         return cast(Tensor, self.model(pixels).image_embeds).float().cpu()
