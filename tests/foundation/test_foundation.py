@@ -121,6 +121,33 @@ def test_the_loop_goes_on_where_it_was_killed(tmp_path):
     assert [entry["loss"] for entry in history] == [entry["loss"] for entry in resumed_history]
 
 
+def test_contrastive_loss_is_clips_where_captions_differ_and_shares_where_they_agree():
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    plain = (
+        torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        + torch.nn.functional.cross_entropy(logits.T, torch.arange(3))
+    ) / 2
+    assert clip.contrastive_loss(logits, captions=["a", "b", "c"]) == pytest.approx(plain.item())
+    level = clip.contrastive_loss(torch.zeros(3, 3), captions=["a", "a", "c"])
+    assert level == pytest.approx(np.log(3))
+
+
+def test_phrases_are_the_pictures_classes(pictures):
+    data = pictures["train"]
+    phrases, rows = data.phrases(), np.arange(5)
+    sure = torch.cat(
+        [
+            20 * torch.nn.functional.one_hot(torch.from_numpy(phrases.targets[rows, g]), size)
+            for g, size in enumerate(phrases.sizes)
+        ],
+        dim=1,
+    )
+    assert phrases.accuracy(sure, rows=rows) == [1.0] * 6
+    assert phrases.loss(sure, rows=rows) < 1e-3
+    uniform = torch.zeros(5, sum(phrases.sizes))
+    assert phrases.loss(uniform, rows=rows) == pytest.approx(np.mean(np.log(phrases.sizes)), rel=1e-5)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     def loss(step, rng, generator):
         return {"loss": sum(p.square().sum() for p in module.parameters())}
@@ -169,7 +196,7 @@ def foundation(shards, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module, name in plans.items():
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
-        for name in ("CAPTION_PLAN", "GROUPING_PLAN"):
+        for name in ("TOWER_PLAN", "CAPTION_PLAN", "GROUPING_PLAN"):
             patch.setattr(mllm, name, replace(getattr(mllm, name), steps=2, batch_size=4, every=2))
         for part in ("vae", "clip", "unet", "mllm", "judge"):
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")

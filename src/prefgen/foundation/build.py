@@ -84,7 +84,8 @@ def _train(
     if part == "mllm":
         from prefgen.foundation import mllm
 
-        plans = (_plan(mllm.CAPTION_PLAN, seed, None), _plan(mllm.GROUPING_PLAN, seed, steps))
+        short = (mllm.TOWER_PLAN, mllm.CAPTION_PLAN)
+        plans = (*(_plan(plan, seed, None) for plan in short), _plan(mllm.GROUPING_PLAN, seed, steps))
         return mllm.train_mllm(data, heldout, work=work, out=out / "mllm", plans=plans)
     from prefgen.foundation import judge
 

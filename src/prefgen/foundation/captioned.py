@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.errors import DataError
@@ -22,6 +24,37 @@ BARE_LIST_RATE = 0.15
 
 EMPTY_RATE = 0.1
 """Share of captions dropped when training for classifier-free guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phrases:
+    """The phrases of captions as classes, to teach a vision tower to see before it learns to speak.
+
+    Attributes:
+        targets: class of each picture in each group, the subject last; shape (N, groups + 1).
+        sizes: number of classes of each group, the subjects last.
+    """
+
+    targets: npt.NDArray[np.int64]
+    sizes: tuple[int, ...]
+
+    def loss(self, logits: Tensor, *, rows: npt.NDArray[np.int64]) -> Tensor:
+        """Mean cross-entropy over the groups and the subject.
+
+        Args:
+            logits: (B, sum of sizes), group after group.
+            rows: the B pictures.
+        """
+        parts = torch.split(logits.float(), list(self.sizes), dim=1)
+        wanted = torch.from_numpy(self.targets[rows])
+        losses = [nn.functional.cross_entropy(part, wanted[:, g]) for g, part in enumerate(parts)]
+        return torch.stack(losses).mean()
+
+    def accuracy(self, logits: Tensor, *, rows: npt.NDArray[np.int64]) -> list[float]:
+        """Share of pictures read right, per group, the subject last."""
+        wanted = torch.from_numpy(self.targets[rows])
+        parts = torch.split(logits, list(self.sizes), dim=1)
+        return [float((part.argmax(1) == wanted[:, g]).float().mean()) for g, part in enumerate(parts)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +83,24 @@ class CaptionedImages:
         """Number of pictures."""
         return len(self.prompts)
 
-    def caption(self, index: int, *, rng: np.random.Generator, bare_rate: float = BARE_LIST_RATE) -> str:
-        """The subject and a random number of its attributes in random order, or a bare list of attributes."""
+    def caption(
+        self,
+        index: int,
+        *,
+        rng: np.random.Generator,
+        bare_rate: float = BARE_LIST_RATE,
+        subject_rate: float = 0.0,
+    ) -> str:
+        """The subject and a random number of its attributes in random order.
+
+        Args:
+            index: the picture.
+            rng: draws everything.
+            bare_rate: share of captions that are attributes alone.
+            subject_rate: share of captions that are the subject alone, beside those drawn so anyway.
+        """
+        if subject_rate and rng.random() < subject_rate:
+            return self.prompts[index]
         words = self.attributes[index]
         order = [words[i] for i in rng.permutation(len(words)).tolist()]
         if rng.random() < bare_rate and order:
@@ -68,6 +117,17 @@ class CaptionedImages:
                 group, value = place[word]
                 out[i, group] = value
         return out, names
+
+    def phrases(self) -> Phrases:
+        """What each picture shows as classes: its subject, and one value of every group."""
+        values, names = self.labels()
+        subjects = tuple(sorted(set(self.prompts)))
+        place = {prompt: i for i, prompt in enumerate(subjects)}
+        subject = np.array([place[prompt] for prompt in self.prompts], dtype=np.int64)
+        return Phrases(
+            targets=np.concatenate([values, subject[:, None]], axis=1),
+            sizes=(*(len(self.groups[name]) for name in names), len(subjects)),
+        )
 
     def subset(self, *, unseen: bool) -> CaptionedImages:
         """Only the pictures of unseen subjects, or only the others; copied into memory."""

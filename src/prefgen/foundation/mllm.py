@@ -1,7 +1,9 @@
-"""The multi-image MLLM: first captions with its vision tower, then neutral grouping over cached features.
+"""The multi-image MLLM: its tower learns to see, then all of it to speak, then to compare sets of pictures.
 
 The order matters (measured in the spikes): with the tower still training, or several tokens an image, the
-in-context comparison never leaves chance.
+in-context comparison never leaves chance. And a tower that learned from captions alone read the rendering of
+a drawing in 24 % of cases after 1,250 steps, so it first learns the phrases of captions as classes, which
+costs a quarter of the time a picture.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
@@ -49,7 +51,8 @@ SPEC = MLLMSpec(
     text_intermediate=512,
     max_positions=512,
 )
-CAPTION_PLAN = LoopPlan(batch_size=64, steps=1500, learning_rate=1.2e-3, warmup=150, weight_decay=0.05)
+TOWER_PLAN = LoopPlan(batch_size=128, steps=3600, learning_rate=7e-4, warmup=150, weight_decay=0.05)
+CAPTION_PLAN = LoopPlan(batch_size=64, steps=800, learning_rate=6e-4, warmup=100, weight_decay=0.05)
 GROUPING_PLAN = LoopPlan(batch_size=32, steps=4000, learning_rate=8e-4, warmup=200, weight_decay=0.05)
 CAPTIONS_KEPT = 8
 STAGES: tuple[tuple[float, Difficulty], ...] = (
@@ -72,6 +75,34 @@ def build(data: CaptionedImages, *, seed: int) -> MLLM:
     # as many patches merged as there are: ONE token an image
     spec = replace(SPEC, image_size=side, scale_factor=side // SPEC.patch_size)
     return build_mllm(tokenizer, spec=spec, seed=seed)
+
+
+def train_tower(
+    mllm: MLLM, data: CaptionedImages, heldout: CaptionedImages, *, work: Path, plan: LoopPlan
+) -> list[dict[str, float]]:
+    """Vision tower and connector learn to tell subject and attributes, read linearly from ONE token."""
+    phrases, unseen = data.phrases(), heldout.phrases()
+    inner = mllm.model.model
+    reader = nn.Linear(mllm.hidden_size, sum(phrases.sizes))
+    loop = Loop(nn.ModuleList([inner.vision_model, inner.connector, reader]), plan=plan, folder=work)
+
+    def read(images: npt.NDArray[np.uint8]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = reader(mllm.encode_pixels(mllm.pixels(images)).flatten(1))
+        return logits
+
+    def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
+        rows = np.sort(rng.integers(len(data), size=plan.batch_size))
+        return {"loss": phrases.loss(read(data.images[rows]), rows=rows)}
+
+    def report() -> dict[str, float]:
+        rows = np.arange(min(512, len(heldout)))
+        logits = read(np.array(heldout.images[rows]))[:, : sum(phrases.sizes[:-1])]
+        # Subjects of the unseen drawings are unseen too, so the groups alone can be read.
+        shares = replace(unseen, targets=unseen.targets[:, :-1], sizes=phrases.sizes[:-1])
+        return dict(zip(data.groups, shares.accuracy(logits, rows=rows), strict=True))
+
+    return loop.run(loss, report=report, title="mllm tower")
 
 
 def train_captions(
@@ -200,16 +231,17 @@ def train_mllm(
     *,
     work: Path,
     out: Path,
-    plans: tuple[LoopPlan, LoopPlan] = (CAPTION_PLAN, GROUPING_PLAN),
+    plans: tuple[LoopPlan, LoopPlan, LoopPlan] = (TOWER_PLAN, CAPTION_PLAN, GROUPING_PLAN),
 ) -> dict[str, object]:
-    """Both curricula on seen subjects only, then save to ``out`` in fp16; returns the card's figures.
+    """Three curricula on seen subjects only, then save to ``out`` in fp16; returns the card's figures.
 
     The gate is measured on unseen drawings of UNSEEN subjects; the tokenizer alone has met every word.
     """
     mllm = build(data, seed=plans[0].seed)
     data, heldout = data.subset(unseen=False), heldout.subset(unseen=True)
-    captions = train_captions(mllm, data, heldout, work=work / "captions", plan=plans[0])
-    grouping = train_grouping(mllm, data, heldout, work=work / "grouping", plan=plans[1])
+    tower = train_tower(mllm, data, heldout, work=work / "tower", plan=plans[0])
+    captions = train_captions(mllm, data, heldout, work=work / "captions", plan=plans[1])
+    grouping = train_grouping(mllm, data, heldout, work=work / "grouping", plan=plans[2])
     mllm.model.half()
     mllm.save(out)
     return {
@@ -218,5 +250,5 @@ def train_mllm(
         "naming": captions[-1]["naming"],
         "grouping_accuracy": grouping[-1]["grouping_accuracy"],
         "parameters": sum(p.numel() for p in mllm.model.parameters()),
-        "history": {"captions": captions, "grouping": grouping},
+        "history": {"tower": tower, "captions": captions, "grouping": grouping},
     }
