@@ -136,6 +136,21 @@ def test_what_may_not_change(tmp_path, change):
         train(toy(tmp_path, "trainer.max_steps=2", change))
 
 
+def test_inputs_that_changed_are_refused_finished_or_not(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "index.json").write_text("first")
+    for steps in (6, 8):  # the finished run, and the same one asked to go on
+        config = toy(tmp_path, f"trainer.max_steps={steps}")
+        train(config)
+        (shards / "index.json").write_text("second")
+        with pytest.raises(
+            CheckpointError, match=r"another embedding shards \(data.shards=.* has changed since"
+        ):
+            train(config)
+        (shards / "index.json").write_text("first")
+
+
 def test_a_folder_may_move(tmp_path):
     train(toy(tmp_path / "a", "trainer.max_steps=2", "data.shards=x"))
     (tmp_path / "a").rename(tmp_path / "b")

@@ -33,7 +33,14 @@ from prefgen.callbacks import (
 from prefgen.checkpoint import check_trained, list_checkpoints, read_checkpoint
 from prefgen.config import StageConfig, to_yaml
 from prefgen.errors import CheckpointError, ConfigError
-from prefgen.run_folder import check_same_run, read_metrics, write_metrics, write_text
+from prefgen.run_folder import (
+    check_same_inputs,
+    check_same_run,
+    read_metrics,
+    write_inputs,
+    write_metrics,
+    write_text,
+)
 from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.stages import STAGES
 from prefgen.stages.base import StageModule
@@ -120,13 +127,14 @@ def fit(
     Raises:
         StoppedBySignalError: a signal came; a checkpoint was written.
         ConfigError: the folder belongs to a run with another configuration.
-        CheckpointError: its checkpoint cannot be used.
+        CheckpointError: its checkpoint cannot be used, or its inputs have changed since.
     """
     run_dir = Path(config.run_dir)
     found = list_checkpoints(run_dir / "checkpoints")
     resume = found[-1] if found else None
     if resume is not None:
         check_same_run(run_dir, config=config)
+        check_same_inputs(run_dir, config=config)
         if (finished := finished_run(config, newest=resume)) is not None:
             logger.info("already finished; delete %s or pass another run_dir to train anew", run_dir)
             return finished
@@ -138,6 +146,8 @@ def fit(
     trainer = build_trainer(config, extra_callbacks=extra_callbacks, stop_at_step=stop_at_step)
     if trainer.is_global_zero:
         write_text(run_dir / "config.yaml", text=to_yaml(config))
+        if resume is None:
+            write_inputs(run_dir, config=config)
     if resume is None and config.trainer.validate_before_fit:
         trainer.validate(module, datamodule=data, verbose=False)
         write_metrics(run_dir, stage=module.stage, seed=config.seed, before=_metrics(trainer))

@@ -1,4 +1,4 @@
-"""The files of a run folder: config.yaml, metrics.json, and the question whether a run may go on."""
+"""The files of a run folder: config.yaml, inputs.json, metrics.json; and whether a run may go on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from prefgen.config import StageConfig, to_yaml
+from prefgen.config import StageConfig, resolve_path, to_yaml
 from prefgen.config_keys import Text, read_yaml, read_yaml_text
 from prefgen.errors import CheckpointError, ConfigError
+from prefgen.lineage import hash_file
 
 CHANGEABLE = frozenset(
     {
@@ -45,6 +46,41 @@ def check_same_run(run_dir: Path, *, config: StageConfig) -> None:
             )
 
 
+def input_hashes(config: StageConfig) -> dict[str, str]:
+    """SHA-256 of the file that stands for each input that is there: an index, a LoRA, a projector."""
+    hashes = {}
+    for needed in config.required_inputs():
+        path = resolve_path(needed.path) / needed.member
+        if path.is_file():
+            hashes[needed.key] = hash_file(path)
+    return hashes
+
+
+def write_inputs(run_dir: Path, *, config: StageConfig) -> None:
+    """Remember in inputs.json what the run starts from."""
+    write_text(run_dir / "inputs.json", text=json.dumps(input_hashes(config), indent=2) + "\n")
+
+
+def check_same_inputs(run_dir: Path, *, config: StageConfig) -> None:
+    """Refuse to go on, or to call finished, what was trained on inputs that have changed since.
+
+    Without it a run would go on over new embeddings with a projector half fitted to the old ones.
+
+    Raises:
+        CheckpointError: an input differs, naming it.
+    """
+    saved = run_dir / "inputs.json"
+    if not saved.is_file():
+        return
+    before, now = _read_object(saved), input_hashes(config)
+    for needed in config.required_inputs():
+        if before.get(needed.key) != now.get(needed.key):
+            raise CheckpointError(
+                f"{run_dir} was started with another {needed.what} ({needed.key}={needed.path} has changed "
+                f"since); delete {run_dir} or pass another run_dir=PATH to train anew"
+            )
+
+
 def _shown(value: Text | None) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_shown, value))}]"
@@ -58,8 +94,10 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         CheckpointError: the file is no json object.
     """
     path = run_dir / "metrics.json"
-    if not path.is_file():
-        return {}
+    return _read_object(path) if path.is_file() else {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
