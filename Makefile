@@ -47,7 +47,7 @@ format: $(STAMP)  ## mend style and formatting
 
 foundation: $(STAMP)  ## draw its pictures and train the mini foundation anew (hours; resumable)
 	test -d work/foundation/drawings || $(BIN)/prefgen data drawings --out work/foundation/drawings
-	$(BIN)/python tools/train_foundation.py
+	$(BIN)/python tools/train_foundation.py --out src/prefgen/assets/mini
 
 clean:  ## delete what tests and builds left behind; keeps the environment and work/
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work="${WORK:-work/demo}"
 
+if [[ ! -f src/prefgen/assets/mini/pipeline/model_index.json || ! -f src/prefgen/assets/mini/mllm/config.json ]]; then
+    echo "demo: error: the mini foundation is not complete in src/prefgen/assets/mini; run 'make foundation' first" >&2
+    exit 2
+fi
+
 step() {
     printf '\n== %s\n' "$*"
     local began=$SECONDS
