@@ -87,7 +87,8 @@ def _wait(workers: list[Any], folder: Path, *, timeout: float) -> None:
         if time.monotonic() > limit:
             raise RuntimeError(f"ranks were not done after {timeout:.0f} s and were killed")
         time.sleep(0.02)
-    for error in sorted(folder.glob("*.error")):
+    # The first to fail is the cause; the others only saw its connection go.
+    for error in sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns):
         raise RuntimeError(f"rank {error.stem} failed:\n{error.read_text(encoding='utf-8')}")
     codes = [worker.exitcode for worker in workers]
     if any(codes):
