@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from prefgen.config import RequiredInput, at_least, build_config, given, preset_file, require
+from prefgen.inputs import embedding_shards, history_shards, lora_folder, mllm_folder, pipeline_folder
 
 
 @dataclass
@@ -128,51 +129,36 @@ class EvaluateConfig:
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """Everything without which there is nothing to evaluate, in the order it is made."""
         model, work = self.model, f"workdir={self.workdir}"
-        rows = [
-            ("data.shards", self.data.shards, "history shards", "prefgen data build", "index.json"),
-            ("model.mllm", model.mllm, "multimodal LLM", "make foundation", ""),
-            ("model.pipeline", model.pipeline, "diffusers pipeline", "make foundation", "model_index.json"),
-            ("model.judge", model.judge, "judge", "make foundation", ""),
-            ("model.lora", model.lora, "LoRA", f"prefgen fit --stage vqa {work}", ""),
-            ("model.probe", model.probe, "probe.json", f"prefgen fit --stage probe {work}", ""),
-            (
-                "data.embeddings",
-                self.data.embeddings,
-                "embedding shards",
-                f"prefgen predict --stage probe {work}",
-                "index.json",
-            ),
-            (
-                "model.align",
-                model.align,
-                "projector",
-                f"prefgen fit --stage align {work}",
-                "projector.safetensors",
-            ),
-            (
-                "model.inject",
-                model.inject,
-                "user adapter",
-                f"prefgen fit --stage inject {work}",
-                "user_adapter.safetensors",
-            ),
+        inputs = [history_shards(self.data.shards, workdir=self.workdir)]
+        if not _is_hub_id(model.mllm):
+            inputs.append(mllm_folder(model.mllm))
+        inputs += [
+            pipeline_folder(model.pipeline),
+            _needed("model.judge", model.judge, "judge", "make foundation"),
+            lora_folder(model.lora, workdir=self.workdir),
+            _needed("model.probe", model.probe, "probe.json", f"prefgen fit --stage probe {work}"),
+            embedding_shards(self.data.embeddings, workdir=self.workdir),
+            _needed("model.align", model.align, "projector", f"prefgen fit --stage align {work}"),
+            _needed("model.inject", model.inject, "user adapter", f"prefgen fit --stage inject {work}"),
         ]
         if model.inject_image_only:
             fit = f"prefgen fit --stage inject --config configs/mini/inject_image_only.yaml {work}"
-            rows.append(
-                (
-                    "model.inject_image_only",
-                    model.inject_image_only,
-                    "image-only adapter",
-                    fit,
-                    "user_adapter.safetensors",
-                )
+            inputs.append(
+                _needed("model.inject_image_only", model.inject_image_only, "image-only adapter", fit)
             )
-        return tuple(
-            RequiredInput(key=key, path=path, what=what, made_by=made_by, member=member)
-            for key, path, what, made_by, member in rows
-            if not (key == "model.mllm" and _is_hub_id(path))
-        )
+        return tuple(inputs)
+
+
+_MEMBERS = {
+    "projector": "projector.safetensors",
+    "user adapter": "user_adapter.safetensors",
+    "image-only adapter": "user_adapter.safetensors",
+}
+"""The file that must lie in a run folder; judge and probe.json are files themselves."""
+
+
+def _needed(key: str, path: str, what: str, made_by: str) -> RequiredInput:
+    return RequiredInput(key=key, path=path, what=what, made_by=made_by, member=_MEMBERS.get(what, ""))
 
 
 def _is_hub_id(path: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.inputs import embedding_shards, pipeline_folder
 
 
 @dataclass
@@ -148,18 +149,6 @@ class AlignConfig(StageConfig):
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """Embedding shards, and the pipeline whose text space is the goal."""
         return (
-            RequiredInput(
-                key="data.embeddings",
-                path=self.data.embeddings,
-                what="embedding shards",
-                made_by=f"prefgen predict --stage probe workdir={self.workdir}",
-                member="index.json",
-            ),
-            RequiredInput(
-                key="model.pipeline",
-                path=self.model.pipeline,
-                what="diffusers pipeline",
-                made_by="make foundation",
-                member="model_index.json",
-            ),
+            embedding_shards(self.data.embeddings, workdir=self.workdir),
+            pipeline_folder(self.model.pipeline),
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.inputs import embedding_shards, history_shards, pipeline_folder
 
 PARTS = ("aligned", "core", "image")
 
@@ -128,27 +129,9 @@ class InjectConfig(StageConfig):
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """Pictures, embeddings, the pipeline and, where aligned is used, the projector."""
         inputs = [
-            RequiredInput(
-                key="data.shards",
-                path=self.data.shards,
-                what="history shards",
-                made_by=f"prefgen data build --out {self.workdir}/shards",
-                member="index.json",
-            ),
-            RequiredInput(
-                key="data.embeddings",
-                path=self.data.embeddings,
-                what="embedding shards",
-                made_by=f"prefgen predict --stage probe workdir={self.workdir}",
-                member="index.json",
-            ),
-            RequiredInput(
-                key="model.pipeline",
-                path=self.model.pipeline,
-                what="diffusers pipeline",
-                made_by="make foundation",
-                member="model_index.json",
-            ),
+            history_shards(self.data.shards, workdir=self.workdir),
+            embedding_shards(self.data.embeddings, workdir=self.workdir),
+            pipeline_folder(self.model.pipeline),
         ]
         if "aligned" in self.model.parts:
             inputs.append(

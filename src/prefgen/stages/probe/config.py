@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig, at_least, given, require
+from prefgen.inputs import history_shards, lora_folder
 
 
 @dataclass
@@ -129,24 +130,7 @@ class ProbeConfig(StageConfig):
 
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """History shards, and stage vqa's LoRA unless it is switched off."""
-        raw, shards = f"{self.workdir}/raw/history.jsonl", self.data.shards
-        inputs = [
-            RequiredInput(
-                key="data.shards",
-                path=shards,
-                what="history shards",
-                made_by=f"prefgen data build --history {raw} --out {shards}",
-                member="index.json",
-            )
-        ]
+        inputs = [history_shards(self.data.shards, workdir=self.workdir)]
         if self.model.lora:
-            inputs.append(
-                RequiredInput(
-                    key="model.lora",
-                    path=self.model.lora,
-                    what="LoRA",
-                    made_by=f"prefgen fit --stage vqa workdir={self.workdir}",
-                    member="adapter_model.safetensors",
-                )
-            )
+            inputs.append(lora_folder(self.model.lora, workdir=self.workdir))
         return tuple(inputs)

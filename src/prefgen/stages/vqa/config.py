@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.inputs import history_shards, mllm_folder
 
 
 @dataclass
@@ -140,24 +141,7 @@ class VQAConfig(StageConfig):
 
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """History shards, and the MLLM if it is a shipped one."""
-        raw, shards = f"{self.workdir}/raw/history.jsonl", self.data.shards
-        inputs = [
-            RequiredInput(
-                key="data.shards",
-                path=shards,
-                what="history shards",
-                made_by=f"prefgen data build --history {raw} --out {shards}",
-                member="index.json",
-            )
-        ]
+        inputs = [history_shards(self.data.shards, workdir=self.workdir)]
         if self.model.mllm.startswith("asset:"):
-            inputs.append(
-                RequiredInput(
-                    key="model.mllm",
-                    path=self.model.mllm,
-                    what="multimodal LLM",
-                    made_by="make foundation",
-                    member="config.json",
-                )
-            )
+            inputs.append(mllm_folder(self.model.mllm))
         return tuple(inputs)
