@@ -105,10 +105,10 @@ class ShardReader:
         self.split = split
         self.index: ShardIndex = read_index(self.root, kind="histories")
         shards = self.index.shards(split, where=self.root)
-        groups = [(shard, group) for shard in shards for group in group_users(shard)]
-        self._groups = groups
-        self.user_ids = tuple(group[0].user_id for _, group in groups)
-        self.shard_sizes = tuple(sum(1 for _ in group_users(shard)) for shard in shards)
+        users = [(shard, list(group_users(shard))) for shard in shards]
+        self._groups = [(shard, group) for shard, groups in users for group in groups]
+        self.user_ids = tuple(group[0].user_id for _, group in self._groups)
+        self.shard_sizes = tuple(len(groups) for _, groups in users)
         self._on_bad = on_bad
         self._max_image_bytes = max_image_bytes
         self._files = ShardFiles(self.root)

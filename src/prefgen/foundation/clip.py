@@ -27,6 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.vae import pixels
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
 PLAN = LoopPlan(batch_size=192, steps=2400, learning_rate=8e-4, warmup=150, weight_decay=0.05, ema=0.998)
@@ -66,12 +67,6 @@ def build_clip(*, vocab_size: int, eos_token_id: int, image_size: int) -> CLIPMo
     )
 
 
-def normalised(images: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) as the saved image processor makes it."""
-    moved = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-    return moved.float().contiguous() / 127.5 - 1.0
-
-
 def train_clip(
     data: CaptionedImages, heldout: CaptionedImages, *, work: Path, out: Path, plan: LoopPlan = PLAN
 ) -> dict[str, object]:
@@ -105,7 +100,7 @@ def train_clip(
     def compare(images: npt.NDArray[np.uint8], texts: list[str]) -> tuple[Tensor, Tensor]:
         """Logits of every picture against every text, and phrase logits of every picture."""
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            output = clip(input_ids=tokens(texts), pixel_values=normalised(images))
+            output = clip(input_ids=tokens(texts), pixel_values=pixels(images))
             read: Tensor = reader(output.vision_model_output.pooler_output)
         text = nn.functional.normalize(output.text_embeds.float(), dim=-1)
         image = nn.functional.normalize(output.image_embeds.float(), dim=-1)

@@ -44,9 +44,7 @@ def train_judge(
     autoencoder = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval()
     subjects = tuple(sorted(set(data.prompts)))
     judge = Judge(groups=data.groups, subjects=subjects)
-    labels, names = data.labels()
-    place = {phrase: i for i, phrase in enumerate(subjects)}
-    subject = np.array([place[phrase] for phrase in data.prompts])
+    targets = data.phrases().targets
     restored = _restored(autoencoder, data, cache=work / f"restored-{data.fingerprint}.npy")
     loop = Loop(judge, plan=plan, folder=work)
 
@@ -58,10 +56,10 @@ def train_judge(
         with torch.autocast("cpu", torch.bfloat16):
             heads, named = judge(_roughened(pixels(images), rng))
         parts = [
-            nn.functional.cross_entropy(heads[name].float(), torch.from_numpy(labels[rows, g]))
-            for g, name in enumerate(names)
+            nn.functional.cross_entropy(heads[name].float(), torch.from_numpy(targets[rows, g]))
+            for g, name in enumerate(data.groups)
         ]
-        naming = nn.functional.cross_entropy(named.float(), torch.from_numpy(subject[rows]))
+        naming = nn.functional.cross_entropy(named.float(), torch.from_numpy(targets[rows, -1]))
         return {"loss": torch.stack(parts).sum() + naming, "naming": naming}
 
     unseen = heldout.images[:2000]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -166,9 +165,3 @@ def oracle_accuracy(*, model: TasteModel, num_references: int, num_agents: int, 
             scores = oracle_scores(liked, disliked, queries)
             right += (np.where(scores == 0, 0.5, np.sign(scores) == sign)).tolist()
     return float(np.mean(right))
-
-
-@cache
-def index_of_attribute() -> dict[str, int]:
-    """Position of every attribute name in :data:`ATTRIBUTES`."""
-    return {name: i for i, name in enumerate(ATTRIBUTES)}
