@@ -192,12 +192,11 @@ def test_standardised_latents_restore_the_same_pictures(pictures):
 def foundation(shards, tmp_path_factory):
     """All parts by the same function as the real ones, at plans of two steps."""
     folder = tmp_path_factory.mktemp("foundation")
-    plans = {vae: "PLAN", clip: "PLAN", unet: "PLAN", judge: "PLAN"}
+    plans = [(module, "PLAN") for module in (vae, clip, unet, judge)]
+    plans += [(clip, "TOWER_PLAN"), *((mllm, f"{name}_PLAN") for name in ("TOWER", "CAPTION", "GROUPING"))]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in plans.items():
+        for module, name in plans:
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
-        for name in ("TOWER_PLAN", "CAPTION_PLAN", "GROUPING_PLAN"):
-            patch.setattr(mllm, name, replace(getattr(mllm, name), steps=2, batch_size=4, every=2))
         for part in ("vae", "clip", "unet", "mllm", "judge"):
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")
     return folder / "out"

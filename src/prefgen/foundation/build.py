@@ -27,7 +27,8 @@ def build_part(
         work: checkpoints and caches, one folder a part.
         out: receives ``pipeline/``, ``mllm/``, ``judge.safetensors`` and ``cards/``.
         seed: of weights, batches and noise.
-        steps: instead of the plan's; for the MLLM those of its grouping curriculum.
+        steps: instead of the plan's; for CLIP those of its text tower, for the MLLM those of
+            its grouping curriculum.
 
     Returns:
         The card.
@@ -76,7 +77,8 @@ def _train(
     if part == "clip":
         from prefgen.foundation import clip
 
-        return clip.train_clip(data, heldout, work=work, out=pipeline, plan=_plan(clip.PLAN, seed, steps))
+        both = (_plan(clip.TOWER_PLAN, seed, None), _plan(clip.PLAN, seed, steps))
+        return clip.train_clip(data, heldout, work=work, out=pipeline, plans=both)
     if part == "unet":
         from prefgen.foundation import unet
 

@@ -1,7 +1,7 @@
-"""A small CLIP: text and image encoders in one space, trained by the symmetric contrastive loss.
+"""A small CLIP: an image tower that learned to see first, then a text tower trained to meet it.
 
-Five attributes tell any two pictures of a batch apart, so plain CLIP never learned to see subjects (1,600
-steps, naming them at chance). Hence many captions of the subject alone, and a phrase loss on pictures.
+The image tower is locked while the symmetric contrastive loss trains the text tower and both projections
+(locked-image tuning, arXiv 2111.07991): its pictures are encoded once, so a batch costs captions only.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.tower import encode_all, train_tower
 from prefgen.foundation.vae import pixels
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
-PLAN = LoopPlan(batch_size=192, steps=2400, learning_rate=8e-4, warmup=150, weight_decay=0.05, ema=0.998)
+TOWER_PLAN = LoopPlan(batch_size=128, steps=2800, learning_rate=7e-4, warmup=150, weight_decay=0.05)
+PLAN = LoopPlan(batch_size=384, steps=2000, learning_rate=1e-3, warmup=150, weight_decay=0.05, ema=0.998)
 MAX_TOKENS = 32
 REPORTED = 256
 SUBJECT_RATE = 0.35
-PHRASE_WEIGHT = 1.0
 VOCABULARY = 1024
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -68,72 +69,90 @@ def build_clip(*, vocab_size: int, eos_token_id: int, image_size: int) -> CLIPMo
 
 
 def train_clip(
-    data: CaptionedImages, heldout: CaptionedImages, *, work: Path, out: Path, plan: LoopPlan = PLAN
+    data: CaptionedImages,
+    heldout: CaptionedImages,
+    *,
+    work: Path,
+    out: Path,
+    plans: tuple[LoopPlan, LoopPlan] = (TOWER_PLAN, PLAN),
 ) -> dict[str, object]:
     """Train, then save the two towers where a diffusers pipeline looks for them.
 
     Args:
         data: pictures to learn from.
-        heldout: unseen pictures for the report: R@1 of a picture's caption among 256.
+        heldout: unseen pictures for the report: R@1 of a picture's caption among 256, and of its subject.
         work: checkpoints.
         out: receives ``clip_projection.safetensors``, ``tokenizer``, ``text_encoder``, ``image_encoder``
             and ``feature_extractor``.
-        plan: length and rate.
+        plans: length and rate of the image tower on phrases, then of the text tower on captions.
 
     Returns:
         Figures for the card.
     """
-    torch.manual_seed(plan.seed)
-    corpus = data.corpus(count=20_000, seed=plan.seed)
+    torch.manual_seed(plans[0].seed)
+    corpus = data.corpus(count=20_000, seed=plans[0].seed)
     tokenizer = train_clip_tokenizer(corpus, vocab_size=VOCABULARY, max_length=MAX_TOKENS)
     clip = build_clip(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, image_size=data.images.shape[1]
     )
-    phrases = data.phrases()
-    reader = nn.Linear(clip.config.projection_dim, sum(phrases.sizes))
-    loop = Loop(nn.ModuleList([clip, reader]), plan=plan, folder=work)
 
-    def tokens(texts: list[str]) -> Tensor:
-        ids: Tensor = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-        return ids
+    def encode(images: npt.NDArray[np.uint8]) -> Tensor:
+        pooled: Tensor = clip.vision_model(pixel_values=pixels(images)).pooler_output
+        return pooled
 
-    def compare(images: npt.NDArray[np.uint8], texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Logits of every picture against every text, and phrase logits of every picture."""
+    tower = train_tower(
+        clip.vision_model,
+        data,
+        heldout,
+        encode=encode,
+        width=clip.config.vision_config.hidden_size,
+        work=work / "tower",
+        plan=plans[0],
+        title="clip tower",
+    )
+    clip.vision_model.requires_grad_(False).eval()
+    features = encode_all(data.images, encode=encode, title="drawings")
+    unseen = encode_all(heldout.images[:REPORTED], encode=encode, title="unseen drawings")
+    loop = Loop(clip, plan=plans[1], folder=work / "text")
+
+    def compare(shown: Tensor, texts: list[str]) -> Tensor:
+        """Logits of every picture against every text."""
+        ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            output = clip(input_ids=tokens(texts), pixel_values=pixels(images))
-            read: Tensor = reader(output.vision_model_output.pooler_output)
-        text = nn.functional.normalize(output.text_embeds.float(), dim=-1)
-        image = nn.functional.normalize(output.image_embeds.float(), dim=-1)
-        return clip.logit_scale.exp().clamp_max(100) * image @ text.T, read
+            text = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+            image = clip.visual_projection(shown)
+        text = nn.functional.normalize(text.float(), dim=-1)
+        image = nn.functional.normalize(image.float(), dim=-1)
+        logits: Tensor = clip.logit_scale.exp().clamp_max(100) * image @ text.T
+        return logits
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
-        rows = np.sort(rng.integers(len(data), size=plan.batch_size))
+        rows = rng.integers(len(data), size=plans[1].batch_size)
         captions = [data.caption(int(i), rng=rng, subject_rate=SUBJECT_RATE) for i in rows]
-        logits, read = compare(data.images[rows], captions)
-        contrast, phrase = contrastive_loss(logits, captions=captions), phrases.loss(read, rows=rows)
-        return {"loss": contrast + PHRASE_WEIGHT * phrase, "contrast": contrast, "phrase": phrase}
+        logits = compare(features[torch.from_numpy(rows)], captions)
+        return {"loss": contrastive_loss(logits, captions=captions)}
 
     def report() -> dict[str, float]:
-        count = min(REPORTED, len(heldout))
-        shown, subjects = heldout.images[:count], heldout.prompts[:count]
+        subjects = heldout.prompts[: len(unseen)]
         texts = [", ".join((p, *a)) for p, a in zip(subjects, heldout.attributes, strict=False)]
-        own = compare(shown, texts)[0].argmax(dim=1) == torch.arange(count)
+        own = compare(unseen, texts).argmax(dim=1) == torch.arange(len(unseen))
         names = sorted(set(heldout.prompts))
-        named = compare(shown, names)[0].argmax(dim=1).tolist()
+        named = compare(unseen, names).argmax(dim=1).tolist()
         right = [names[index] == subject for index, subject in zip(named, subjects, strict=True)]
         return {"retrieval": float(own.float().mean()), "subject_accuracy": float(np.mean(right))}
 
-    loop.run(loss, report=report, title="clip")
+    history = loop.run(loss, report=report, title="clip")
     loop.use_average()
     clip.eval()
-    final = report()
+    with torch.no_grad():
+        final = report()
     save_towers(clip, tokenizer=tokenizer, out=out, image_size=data.images.shape[1])
     return {
         "gate": "none; report of caption retrieval among 256 unseen drawings, and of naming their subject",
         **final,
         "num_subjects": len(set(heldout.prompts)),
         "parameters": sum(p.numel() for p in clip.parameters()),
-        "history": loop.history,
+        "history": {"tower": tower, "text": history},
     }
 
 

@@ -1,9 +1,7 @@
 """The multi-image MLLM: its tower learns to see, then all of it to speak, then to compare sets of pictures.
 
 The order matters (measured in the spikes): with the tower still training, or several tokens an image, the
-in-context comparison never leaves chance. And a tower that learned from captions alone read the rendering of
-a drawing in 24 % of cases after 1,250 steps, so it first learns the phrases of captions as classes, which
-costs a quarter of the time a picture.
+in-context comparison never leaves chance.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.episodes import (
@@ -28,6 +25,7 @@ from prefgen.foundation.episodes import (
     draw_episode,
 )
 from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.tower import encode_all, train_tower
 from prefgen.models.mllm import MLLM
 from prefgen.models.mllm_build import MLLMSpec, build_mllm, train_tokenizer
 from prefgen.models.packing import PackItem, pack_batch
@@ -77,34 +75,6 @@ def build(data: CaptionedImages, *, seed: int) -> MLLM:
     return build_mllm(tokenizer, spec=spec, seed=seed)
 
 
-def train_tower(
-    mllm: MLLM, data: CaptionedImages, heldout: CaptionedImages, *, work: Path, plan: LoopPlan
-) -> list[dict[str, float]]:
-    """Vision tower and connector learn to tell subject and attributes, read linearly from ONE token."""
-    phrases, unseen = data.phrases(), heldout.phrases()
-    inner = mllm.model.model
-    reader = nn.Linear(mllm.hidden_size, sum(phrases.sizes))
-    loop = Loop(nn.ModuleList([inner.vision_model, inner.connector, reader]), plan=plan, folder=work)
-
-    def read(images: npt.NDArray[np.uint8]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits: Tensor = reader(mllm.encode_pixels(mllm.pixels(images)).flatten(1))
-        return logits
-
-    def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
-        rows = np.sort(rng.integers(len(data), size=plan.batch_size))
-        return {"loss": phrases.loss(read(data.images[rows]), rows=rows)}
-
-    def report() -> dict[str, float]:
-        rows = np.arange(min(512, len(heldout)))
-        logits = read(np.array(heldout.images[rows]))[:, : sum(phrases.sizes[:-1])]
-        # Subjects of the unseen drawings are unseen too, so the groups alone can be read.
-        shares = replace(unseen, targets=unseen.targets[:, :-1], sizes=phrases.sizes[:-1])
-        return dict(zip(data.groups, shares.accuracy(logits, rows=rows), strict=True))
-
-    return loop.run(loss, report=report, title="mllm tower")
-
-
 def train_captions(
     mllm: MLLM, data: CaptionedImages, heldout: CaptionedImages, *, work: Path, plan: LoopPlan
 ) -> list[dict[str, float]]:
@@ -144,15 +114,6 @@ def naming_accuracy(mllm: MLLM, data: CaptionedImages, *, count: int) -> float:
     return float((wrong == 0).float().mean())
 
 
-def cache_features(mllm: MLLM, images: npt.NDArray[np.uint8], *, title: str) -> Tensor:
-    """(N, 1, D) bfloat16 features of all pictures; the tower is frozen from here on."""
-    parts = []
-    for start in tqdm(range(0, len(images), 512), unit="batch", desc=f"encoding {title}"):
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(mllm.encode_images(np.array(images[start : start + 512])).bfloat16())
-    return torch.cat(parts)
-
-
 def train_grouping(
     mllm: MLLM, data: CaptionedImages, heldout: CaptionedImages, *, work: Path, plan: LoopPlan
 ) -> list[dict[str, float]]:
@@ -160,8 +121,8 @@ def train_grouping(
     inner = mllm.model.model
     for part in (inner.vision_model, inner.connector):
         part.requires_grad_(False)
-    features = cache_features(mllm, data.images, title="drawings")
-    unseen = cache_features(mllm, heldout.images, title="unseen drawings")
+    features = encode_all(data.images, encode=mllm.encode_images, title="drawings")
+    unseen = encode_all(heldout.images, encode=mllm.encode_images, title="unseen drawings")
     index, unseen_index = PictureIndex(data), PictureIndex(heldout)
     loop = Loop(mllm.model, plan=plan, folder=work)
     exam_rng = np.random.default_rng(7)
@@ -239,7 +200,17 @@ def train_mllm(
     """
     mllm = build(data, seed=plans[0].seed)
     data, heldout = data.subset(unseen=False), heldout.subset(unseen=True)
-    tower = train_tower(mllm, data, heldout, work=work / "tower", plan=plans[0])
+    inner = mllm.model.model
+    tower = train_tower(
+        nn.ModuleList([inner.vision_model, inner.connector]),
+        data,
+        heldout,
+        encode=lambda images: mllm.encode_pixels(mllm.pixels(images)).flatten(1),
+        width=mllm.hidden_size,
+        work=work / "tower",
+        plan=plans[0],
+        title="mllm tower",
+    )
     captions = train_captions(mllm, data, heldout, work=work / "captions", plan=plans[1])
     grouping = train_grouping(mllm, data, heldout, work=work / "grouping", plan=plans[2])
     mllm.model.half()
