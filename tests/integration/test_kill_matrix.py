@@ -1,4 +1,4 @@
-"""kill -9 at three moments of every stage, with 0 and 2 workers: the run that goes on is the run undisturbed."""
+"""kill -9 at three moments of every stage, 0 and 2 workers: what goes on equals the run undisturbed."""
 
 import os
 import random

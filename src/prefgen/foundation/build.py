@@ -86,8 +86,7 @@ def _train(
     if part == "mllm":
         from prefgen.foundation import mllm
 
-        short = (mllm.TOWER_PLAN, mllm.CAPTION_PLAN)
-        plans = (*(_plan(plan, seed, None) for plan in short), _plan(mllm.GROUPING_PLAN, seed, steps))
+        plans = (_plan(mllm.TOWER_PLAN, seed, None), _plan(mllm.GROUPING_PLAN, seed, steps))
         return mllm.train_mllm(data, heldout, work=work, out=out / "mllm", plans=plans)
     from prefgen.foundation import judge
 

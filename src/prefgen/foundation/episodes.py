@@ -40,6 +40,7 @@ class Difficulty:
         min_images: fewest pictures in a set.
         max_images: most pictures in a set; the two are drawn independently.
         num_queries: pictures asked about.
+        copy_rate: share of the queries that stand in the history itself: the easiest match there is.
     """
 
     min_groups: int
@@ -49,15 +50,24 @@ class Difficulty:
     min_images: int = 2
     max_images: int = 8
     num_queries: int = 6
+    copy_rate: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One packed item with the right first-word index of each query."""
+    """One packed item with what is right about it.
+
+    Attributes:
+        item: the two sets, the queries, and a list of what one set has in common.
+        answers: the two answers a query can have.
+        correct: for each query the index of its answer.
+        sides: for each picture, in the order in which they stand, the index of the answer that names its set.
+    """
 
     item: PackItem
     answers: tuple[str, str]
     correct: tuple[int, ...]
+    sides: tuple[int, ...]
 
 
 class PictureIndex:
@@ -109,11 +119,14 @@ def draw_episode(index: PictureIndex, *, difficulty: Difficulty, rng: np.random.
     sets = [pictures(side, int(rng.integers(low, high))) for side in (0, 1)]
     wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
     history: list[Piece] = []
+    sides: list[int] = []
     for side in rng.permutation(2).tolist():
         history += [(wording[0], wording[1])[side], *sets[side]]
+        sides += [side] * len(sets[side])
     questions, correct = [], []
     for side in rng.integers(2, size=difficulty.num_queries).tolist():
-        query: list[Piece] = [pictures(side, 1)[0], wording[2]]
+        own = sets[side] if rng.random() < difficulty.copy_rate else pictures(side, 1)
+        query: list[Piece] = [own[int(rng.integers(len(own)))], wording[2]]
         questions.append(Question(pieces=query, answer=wording[3][side]))
         correct.append(side)
     side = int(rng.integers(2))
@@ -122,7 +135,10 @@ def draw_episode(index: PictureIndex, *, difficulty: Difficulty, rng: np.random.
     asked = SHARED_WORDS[int(rng.integers(len(SHARED_WORDS)))].format(wording[0] if side == 0 else wording[1])
     questions.append(Question(pieces=[asked], answer=", ".join(words) + "."))
     return Episode(
-        item=PackItem(history=history, questions=questions), answers=wording[3], correct=tuple(correct)
+        item=PackItem(history=history, questions=questions),
+        answers=wording[3],
+        correct=tuple(correct),
+        sides=(*sides, *correct),
     )
 
 
