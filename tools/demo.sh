@@ -29,6 +29,9 @@ step prefgen predict --stage probe workdir="$work"
 step prefgen fit --stage align workdir="$work"
 # What the report compares with: the other pairing, and an adapter of its own on one liked image.
 step prefgen fit --stage align workdir="$work" run_dir="$work/align_independent" align.pairing=independent
+# Retrieval on test users, whom nothing was chosen by.
+step prefgen test --stage align workdir="$work"
+step prefgen test --stage align workdir="$work" run_dir="$work/align_independent" align.pairing=independent
 step prefgen fit --stage inject workdir="$work"
 step prefgen fit --stage inject --config configs/mini/inject_image_only.yaml workdir="$work"
 step prefgen evaluate workdir="$work"

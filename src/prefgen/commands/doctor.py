@@ -22,7 +22,7 @@ EXTRAS = {
 }
 FOUNDATION = {
     "diffusers pipeline": "asset:mini/pipeline/model_index.json",
-    "CLIP": "asset:mini/clip/config.json",
+    "CLIP": "asset:mini/pipeline/clip_projection.safetensors",
     "multi-image language model": "asset:mini/mllm/config.json",
 }
 
