@@ -87,7 +87,7 @@ def _train(
         from prefgen.foundation import mllm
 
         plans = (_plan(mllm.TOWER_PLAN, seed, None), _plan(mllm.GROUPING_PLAN, seed, steps))
-        return mllm.train_mllm(data, heldout, work=work, out=out / "mllm", plans=plans)
+        return mllm.train_mllm(data, work=work, out=out / "mllm", plans=plans)
     from prefgen.foundation import judge
 
     return judge.train_judge(

@@ -31,8 +31,8 @@ from prefgen.foundation.tower import encode_all, train_tower
 from prefgen.foundation.vae import pixels
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
-TOWER_PLAN = LoopPlan(batch_size=128, steps=2000, learning_rate=7e-4, warmup=150, weight_decay=0.05)
-PLAN = LoopPlan(batch_size=384, steps=1500, learning_rate=1e-3, warmup=150, weight_decay=0.05, ema=0.998)
+TOWER_PLAN = LoopPlan(batch_size=128, steps=2400, learning_rate=7e-4, warmup=150, weight_decay=0.05)
+PLAN = LoopPlan(batch_size=384, steps=2000, learning_rate=1e-3, warmup=150, weight_decay=0.05, ema=0.998)
 MAX_TOKENS = 32
 REPORTED = 256
 SUBJECT_RATE = 0.35

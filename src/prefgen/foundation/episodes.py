@@ -25,6 +25,27 @@ WORDINGS: tuple[Wording, ...] = (
     ("Group one.", "Group two.", "In group one?", ("true", "false")),
     ("Red team here.", "Blue team there.", "Red team?", ("correct", "wrong")),
 )
+NAMED: tuple[tuple[str, str], ...] = (
+    ("Set of the {}:", "Which set?"),
+    ("The {} pile.", "Which pile?"),
+    ("Team {} here.", "Which team?"),
+)
+"""Marker of a set with a name drawn anew, and the query; the answer is the name."""
+
+OPPOSED: tuple[Wording, ...] = (
+    ("The {} keeps these.", "The {} doesn't keep these.", "Does the {} keep it?", ("true", "false")),
+    ("Inside the {} set.", "Outside the {} set.", "Inside?", ("correct", "wrong")),
+    ("Take these for {}.", "Never take these for {}.", "Take it?", ("true", "false")),
+    ("Good {} here.", "Bad {} here.", "Good or bad?", ("correct", "wrong")),
+)
+"""Two sets that differ by a denial only, about a name drawn anew."""
+
+WORDING_SHARES = (0.25, 0.35)
+"""Shares of the fixed wordings and of the named ones where names are drawn; the rest is opposed.
+
+With four fixed wordings alone the model learned their very words: LoRA on new ones stayed at chance.
+"""
+
 SHARED_WORDS = ("What is common in {}", "What do most images of {} show?")
 
 
@@ -102,8 +123,39 @@ class PictureIndex:
         return self._sorted[groups]
 
 
-def draw_episode(index: PictureIndex, *, difficulty: Difficulty, rng: np.random.Generator) -> Episode:
-    """Two sets, queries with their answers, and what one of them has in common, in a newly drawn order."""
+def draw_wording(
+    rng: np.random.Generator, *, names: Sequence[str], shares: tuple[float, float] = WORDING_SHARES
+) -> Wording:
+    """One of the fixed wordings; with names often one that has never been met before."""
+    chance = rng.random() if names else 0.0
+    if chance < shares[0] or not names:
+        return WORDINGS[int(rng.integers(len(WORDINGS)))]
+    first, second = (names[int(i)] for i in rng.permutation(len(names))[:2])
+    if chance < sum(shares):
+        marker, query = NAMED[int(rng.integers(len(NAMED)))]
+        # with the space that stands before the name in the marker, so that it is the same token
+        return marker.format(first), marker.format(second), query, (f" {first}", f" {second}")
+    own, other, query, answers = OPPOSED[int(rng.integers(len(OPPOSED)))]
+    return own.format(first), other.format(first), query.format(first), answers
+
+
+def draw_episode(
+    index: PictureIndex,
+    *,
+    difficulty: Difficulty,
+    rng: np.random.Generator,
+    names: Sequence[str] = (),
+    shares: tuple[float, float] = WORDING_SHARES,
+) -> Episode:
+    """Two sets, queries with their answers, and what one of them has in common, in a newly drawn order.
+
+    Args:
+        index: the pictures.
+        difficulty: how the sets differ.
+        rng: draws everything.
+        names: words by which sets may be called; none leaves the fixed wordings alone.
+        shares: as :data:`WORDING_SHARES`.
+    """
     num_groups = int(rng.integers(difficulty.min_groups, difficulty.max_groups + 1))
     groups = rng.permutation(len(index.groups))[:num_groups].tolist()
     preferred = {g: rng.permutation(index.sizes[g])[: 2 * difficulty.num_values] for g in groups}
@@ -117,7 +169,7 @@ def draw_episode(index: PictureIndex, *, difficulty: Difficulty, rng: np.random.
 
     low, high = difficulty.min_images, difficulty.max_images + 1
     sets = [pictures(side, int(rng.integers(low, high))) for side in (0, 1)]
-    wording = WORDINGS[int(rng.integers(len(WORDINGS)))]
+    wording = draw_wording(rng, names=names, shares=shares)
     history: list[Piece] = []
     sides: list[int] = []
     for side in rng.permutation(2).tolist():

@@ -49,21 +49,24 @@ SPEC = MLLMSpec(
     max_positions=512,
 )
 TOWER_PLAN = LoopPlan(batch_size=128, steps=3600, learning_rate=7e-4, warmup=150, weight_decay=0.05)
-GROUPING_PLAN = LoopPlan(batch_size=32, steps=3000, learning_rate=1e-3, warmup=100, weight_decay=0.05)
+GROUPING_PLAN = LoopPlan(batch_size=32, steps=4500, learning_rate=1e-3, warmup=100, weight_decay=0.05)
 NUM_CAPTIONS = 16
 """Captioned pictures beside the episodes of a batch: grouping alone would teach no words."""
 
 STAGES: tuple[tuple[float, Difficulty], ...] = (
-    (0.1, Difficulty(min_groups=5, max_groups=5, num_values=1, beta=6.0, max_images=4, copy_rate=0.5)),
-    (0.25, Difficulty(min_groups=3, max_groups=5, num_values=1, beta=4.0, copy_rate=0.2)),
-    (0.45, Difficulty(min_groups=2, max_groups=4, num_values=2)),
+    (0.07, Difficulty(min_groups=5, max_groups=5, num_values=1, beta=6.0, max_images=4, copy_rate=0.5)),
+    (0.17, Difficulty(min_groups=3, max_groups=5, num_values=1, beta=4.0, copy_rate=0.2)),
+    (0.3, Difficulty(min_groups=2, max_groups=4, num_values=2)),
     (1.01, Difficulty(min_groups=1, max_groups=4, num_values=2)),
 )
 """Difficulty until this share of the steps: first sets that differ in everything, then in less and less."""
 
+NAMES_FROM = 2 / 3
+"""From this share of the steps on, sets are often called by names drawn anew."""
+
 EXAM = Difficulty(min_groups=2, max_groups=4, num_values=2, min_images=8)
-SIDE_LOSS = (0.5, 0.8)
-"""The loss on each picture's own side is full until the first share of the steps and 0 from the second on."""
+SIDE_WEIGHTS = ((0.0, 0.33, 0.53, NAMES_FROM, 0.67, 0.85, 0.95), (1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0))
+"""Share of the steps and weight of the loss on each picture's own side there, linear in between."""
 
 EMBEDDING_STD = 0.07
 ATTENTION_STD = 0.05
@@ -128,23 +131,38 @@ def naming_accuracy(mllm: MLLM, data: CaptionedImages, *, count: int) -> float:
 
 
 def train_grouping(
-    mllm: MLLM, data: CaptionedImages, heldout: CaptionedImages, *, work: Path, plan: LoopPlan
-) -> list[dict[str, float]]:
-    """The language model learns to compare sets and to speak; tower and connector are frozen by now."""
+    mllm: MLLM, data: CaptionedImages, unseen: CaptionedImages, *, work: Path, plan: LoopPlan
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """The language model learns to compare sets and to speak; tower and connector are frozen by now.
+
+    Returns:
+        The loop's history, and the last report.
+    """
     inner = mllm.model.model
     for part in (inner.vision_model, inner.connector):
         part.requires_grad_(False)
     features = encode_all(data.images, encode=mllm.encode_images, title="drawings")
-    unseen = encode_all(heldout.images, encode=mllm.encode_images, title="unseen drawings")
-    index, unseen_index = PictureIndex(data), PictureIndex(heldout)
+    unseen_features = encode_all(
+        unseen.images, encode=mllm.encode_images, title="drawings of unseen subjects"
+    )
+    index, unseen_index = PictureIndex(data), PictureIndex(unseen)
     loop = Loop(mllm.model, plan=plan, folder=work)
     exam_rng = np.random.default_rng(7)
     exam = [draw_episode(unseen_index, difficulty=EXAM, rng=exam_rng) for _ in range(128)]
+    prompts = sorted({prompt.split()[-1] for prompt in data.prompts})
+    names = [word for word in prompts if len(mllm.encoder.text_ids(f" {word}")) == 1]
+    opposed = [
+        draw_episode(unseen_index, difficulty=EXAM, rng=exam_rng, names=names, shares=(0.0, 0.0))
+        for _ in range(128)
+    ]
 
     def loss(step: int, rng: np.random.Generator, _: torch.Generator) -> dict[str, Tensor]:
         share = step / plan.steps
         difficulty = next(d for until, d in STAGES if share < until)
-        episodes = [draw_episode(index, difficulty=difficulty, rng=rng) for _ in range(plan.batch_size)]
+        called = names if share >= NAMES_FROM else ()
+        episodes = [
+            draw_episode(index, difficulty=difficulty, rng=rng, names=called) for _ in range(plan.batch_size)
+        ]
         rows = rng.integers(len(data), size=NUM_CAPTIONS)
         items = [episode.item for episode in episodes]
         items += [caption_item(data, int(row), feature=int(row), rng=rng) for row in rows]
@@ -155,16 +173,19 @@ def train_grouping(
             side = side_loss(mllm, batch, hidden=hidden, episodes=episodes)
         query = _query_tokens(batch.target_questions, episodes)
         grouping, words = each[query].mean(), each[~query].mean()
-        total = 2 * grouping + words + _side_weight(share) * side
+        total = 2 * grouping + words + float(np.interp(share, *SIDE_WEIGHTS)) * side
         return {"loss": total, "grouping": grouping, "words": words, "side": side}
 
     def report() -> dict[str, float]:
         return {
-            "grouping_accuracy": grouping_accuracy(mllm, exam, features=unseen),
-            "naming": naming_accuracy(mllm, heldout, count=256),
+            "grouping_accuracy": grouping_accuracy(mllm, exam, features=unseen_features),
+            "opposed_accuracy": grouping_accuracy(mllm, opposed, features=unseen_features),
+            "naming": naming_accuracy(mllm, unseen, count=256),
         }
 
-    return loop.run(loss, report=report, title="mllm grouping")
+    history = loop.run(loss, report=report, title="mllm grouping")
+    mllm.model.eval()
+    return history, report()
 
 
 def side_loss(mllm: MLLM, batch: PackedBatch, *, hidden: Tensor, episodes: Sequence[Episode]) -> Tensor:
@@ -185,11 +206,6 @@ def side_loss(mllm: MLLM, batch: PackedBatch, *, hidden: Tensor, episodes: Seque
     each = nn.functional.cross_entropy(logits, torch.tensor(words), reduction="none")
     is_query = torch.tensor(asked)
     return each[~is_query].mean() + each[is_query].mean()
-
-
-def _side_weight(share: float) -> float:
-    begin, end = SIDE_LOSS
-    return min(1.0, max(0.0, (end - share) / (end - begin)))
 
 
 def _query_tokens(target_questions: Tensor, episodes: Sequence[Episode]) -> Tensor:
@@ -229,7 +245,6 @@ def _without_answers(episode: Episode) -> PackItem:
 
 def train_mllm(
     data: CaptionedImages,
-    heldout: CaptionedImages,
     *,
     work: Path,
     out: Path,
@@ -237,15 +252,17 @@ def train_mllm(
 ) -> dict[str, object]:
     """Two curricula on seen subjects only, then save to ``out`` in fp16; returns the card's figures.
 
-    The gate is measured on unseen drawings of UNSEEN subjects; the tokenizer alone has met every word.
+    The gate is measured on drawings of UNSEEN subjects; the tokenizer alone has met every word. They are the
+    many of the training shards: among the thousand of the held-out ones no picture shows what an episode
+    asks for in three groups, and even an oracle is right in .947 of cases only (.966 among the many).
     """
     mllm = build(data, seed=plans[0].seed)
-    data, heldout = data.subset(unseen=False), heldout.subset(unseen=True)
+    data, unseen = data.subset(unseen=False), data.subset(unseen=True)
     inner = mllm.model.model
     tower = train_tower(
         nn.ModuleList([inner.vision_model, inner.connector]),
         data,
-        heldout,
+        unseen,
         encode=lambda images: mllm.encode_pixels(mllm.pixels(images)).flatten(1),
         width=mllm.hidden_size,
         work=work / "tower",
@@ -254,14 +271,13 @@ def train_mllm(
     )
     some = mllm.encode_images(np.array(data.images[:2048]))
     prepare_language_model(mllm, features=some, seed=plans[1].seed)
-    grouping = train_grouping(mllm, data, heldout, work=work / "grouping", plan=plans[1])
+    grouping, final = train_grouping(mllm, data, unseen, work=work / "grouping", plan=plans[1])
     mllm.model.half()
     mllm.save(out)
     return {
         "gate": "neutral grouping of unseen drawings of unseen subjects at least .90 with 8 + 8 pictures",
         "pictures": len(data),
-        "naming": grouping[-1]["naming"],
-        "grouping_accuracy": grouping[-1]["grouping_accuracy"],
+        **final,
         "parameters": sum(p.numel() for p in mllm.model.parameters()),
         "history": {"tower": tower, "grouping": grouping},
     }

@@ -19,7 +19,7 @@ from prefgen.foundation.vae import pixels
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
 
 PLAN = LoopPlan(
-    batch_size=64, steps=5500, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500
+    batch_size=64, steps=9000, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500
 )
 
 
