@@ -193,7 +193,7 @@ def foundation(shards, tmp_path_factory):
     """All parts by the same function as the real ones, at plans of two steps."""
     folder = tmp_path_factory.mktemp("foundation")
     plans = [(module, "PLAN") for module in (vae, clip, unet, judge)]
-    plans += [(clip, "TOWER_PLAN"), (mllm, "TOWER_PLAN"), (mllm, "GROUPING_PLAN")]
+    plans += [(clip, "TOWER_PLAN"), *((mllm, f"{name}_PLAN") for name in ("TOWER", "GROUPING", "SPEAKING"))]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in plans:
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))

@@ -40,6 +40,13 @@ OPPOSED: tuple[Wording, ...] = (
 )
 """Two sets that differ by a denial only, about a name drawn anew."""
 
+SPOKEN: tuple[Wording, ...] = (
+    ("I {} these images.", "I don't {} these images.", "Does this user {} this image?", ("true", "false")),
+    ("We {} these.", "We don't {} these.", "Do they {} it?", ("correct", "wrong")),
+    ("This user will {} these.", "This user won't {} these.", "Will this user {} it?", ("true", "false")),
+)
+"""As people speak, with a name for a verb: the syntax of stage 1, but neither its verb nor its answers."""
+
 WORDING_SHARES = (0.25, 0.35)
 """Shares of the fixed wordings and of the named ones where names are drawn; the rest is opposed.
 
@@ -124,7 +131,11 @@ class PictureIndex:
 
 
 def draw_wording(
-    rng: np.random.Generator, *, names: Sequence[str], shares: tuple[float, float] = WORDING_SHARES
+    rng: np.random.Generator,
+    *,
+    names: Sequence[str],
+    shares: tuple[float, float] = WORDING_SHARES,
+    opposed: Sequence[Wording] = OPPOSED,
 ) -> Wording:
     """One of the fixed wordings; with names often one that has never been met before."""
     chance = rng.random() if names else 0.0
@@ -135,7 +146,7 @@ def draw_wording(
         marker, query = NAMED[int(rng.integers(len(NAMED)))]
         # with the space that stands before the name in the marker, so that it is the same token
         return marker.format(first), marker.format(second), query, (f" {first}", f" {second}")
-    own, other, query, answers = OPPOSED[int(rng.integers(len(OPPOSED)))]
+    own, other, query, answers = opposed[int(rng.integers(len(opposed)))]
     return own.format(first), other.format(first), query.format(first), answers
 
 
@@ -146,6 +157,7 @@ def draw_episode(
     rng: np.random.Generator,
     names: Sequence[str] = (),
     shares: tuple[float, float] = WORDING_SHARES,
+    opposed: Sequence[Wording] = OPPOSED,
 ) -> Episode:
     """Two sets, queries with their answers, and what one of them has in common, in a newly drawn order.
 
@@ -155,6 +167,7 @@ def draw_episode(
         rng: draws everything.
         names: words by which sets may be called; none leaves the fixed wordings alone.
         shares: as :data:`WORDING_SHARES`.
+        opposed: the wordings of the rest.
     """
     num_groups = int(rng.integers(difficulty.min_groups, difficulty.max_groups + 1))
     groups = rng.permutation(len(index.groups))[:num_groups].tolist()
@@ -169,7 +182,7 @@ def draw_episode(
 
     low, high = difficulty.min_images, difficulty.max_images + 1
     sets = [pictures(side, int(rng.integers(low, high))) for side in (0, 1)]
-    wording = draw_wording(rng, names=names, shares=shares)
+    wording = draw_wording(rng, names=names, shares=shares, opposed=opposed)
     history: list[Piece] = []
     sides: list[int] = []
     for side in rng.permutation(2).tolist():

@@ -6,7 +6,7 @@ in-context comparison never leaves chance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.episodes import (
+    OPPOSED,
+    SPOKEN,
     WORDINGS,
     Difficulty,
     Episode,
     PictureIndex,
+    Wording,
     caption_item,
     draw_episode,
 )
@@ -50,6 +53,7 @@ SPEC = MLLMSpec(
 )
 TOWER_PLAN = LoopPlan(batch_size=128, steps=3600, learning_rate=7e-4, warmup=150, weight_decay=0.05)
 GROUPING_PLAN = LoopPlan(batch_size=32, steps=4500, learning_rate=1e-3, warmup=100, weight_decay=0.05)
+SPEAKING_PLAN = LoopPlan(batch_size=32, steps=600, learning_rate=5e-4, warmup=30, weight_decay=0.05)
 NUM_CAPTIONS = 16
 """Captioned pictures beside the episodes of a batch: grouping alone would teach no words."""
 
@@ -130,62 +134,100 @@ def naming_accuracy(mllm: MLLM, data: CaptionedImages, *, count: int) -> float:
     return float((wrong == 0).float().mean())
 
 
-def train_grouping(
-    mllm: MLLM, data: CaptionedImages, unseen: CaptionedImages, *, work: Path, plan: LoopPlan
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """The language model learns to compare sets and to speak; tower and connector are frozen by now.
+class GroupingSchool:
+    """Episodes and captions over a frozen tower: the language model learns to compare and to speak."""
 
-    Returns:
-        The loop's history, and the last report.
-    """
-    inner = mllm.model.model
-    for part in (inner.vision_model, inner.connector):
-        part.requires_grad_(False)
-    features = encode_all(data.images, encode=mllm.encode_images, title="drawings")
-    unseen_features = encode_all(
-        unseen.images, encode=mllm.encode_images, title="drawings of unseen subjects"
-    )
-    index, unseen_index = PictureIndex(data), PictureIndex(unseen)
-    loop = Loop(mllm.model, plan=plan, folder=work)
-    exam_rng = np.random.default_rng(7)
-    exam = [draw_episode(unseen_index, difficulty=EXAM, rng=exam_rng) for _ in range(128)]
-    prompts = sorted({prompt.split()[-1] for prompt in data.prompts})
-    names = [word for word in prompts if len(mllm.encoder.text_ids(f" {word}")) == 1]
-    opposed = [
-        draw_episode(unseen_index, difficulty=EXAM, rng=exam_rng, names=names, shares=(0.0, 0.0))
-        for _ in range(128)
-    ]
+    def __init__(self, mllm: MLLM, data: CaptionedImages, unseen: CaptionedImages) -> None:
+        self.mllm, self.data, self.unseen = mllm, data, unseen
+        inner = mllm.model.model
+        for part in (inner.vision_model, inner.connector):
+            part.requires_grad_(False)
+        self._features = encode_all(data.images, encode=mllm.encode_images, title="drawings")
+        self._unseen_features = encode_all(
+            unseen.images, encode=mllm.encode_images, title="drawings of unseen subjects"
+        )
+        self._index, unseen_index = PictureIndex(data), PictureIndex(unseen)
+        words = sorted({prompt.split()[-1] for prompt in data.prompts})
+        self._names = [word for word in words if len(mllm.encoder.text_ids(f" {word}")) == 1]
+        rng = np.random.default_rng(7)
 
-    def loss(step: int, rng: np.random.Generator, _: torch.Generator) -> dict[str, Tensor]:
-        share = step / plan.steps
-        difficulty = next(d for until, d in STAGES if share < until)
-        called = names if share >= NAMES_FROM else ()
-        episodes = [
-            draw_episode(index, difficulty=difficulty, rng=rng, names=called) for _ in range(plan.batch_size)
-        ]
-        rows = rng.integers(len(data), size=NUM_CAPTIONS)
-        items = [episode.item for episode in episodes]
-        items += [caption_item(data, int(row), feature=int(row), rng=rng) for row in rows]
-        batch = pack_batch(mllm.encoder, items=items)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = mllm.hidden(batch, image_features=features)
-            each = mllm.token_losses(batch, hidden=hidden)
-            side = side_loss(mllm, batch, hidden=hidden, episodes=episodes)
-        query = _query_tokens(batch.target_questions, episodes)
-        grouping, words = each[query].mean(), each[~query].mean()
-        total = 2 * grouping + words + float(np.interp(share, *SIDE_WEIGHTS)) * side
-        return {"loss": total, "grouping": grouping, "words": words, "side": side}
+        def exam(*, names: Sequence[str] = (), opposed: Sequence[Wording] = OPPOSED) -> list[Episode]:
+            return [
+                draw_episode(
+                    unseen_index, difficulty=EXAM, rng=rng, names=names, shares=(0.0, 0.0), opposed=opposed
+                )
+                for _ in range(128)
+            ]
 
-    def report() -> dict[str, float]:
-        return {
-            "grouping_accuracy": grouping_accuracy(mllm, exam, features=unseen_features),
-            "opposed_accuracy": grouping_accuracy(mllm, opposed, features=unseen_features),
-            "naming": naming_accuracy(mllm, unseen, count=256),
+        self._exams = {
+            "grouping": exam(),
+            "opposed": exam(names=self._names),
+            "spoken": exam(names=self._names, opposed=SPOKEN),
         }
 
-    history = loop.run(loss, report=report, title="mllm grouping")
-    mllm.model.eval()
-    return history, report()
+    def train_grouping(self, *, work: Path, plan: LoopPlan) -> list[dict[str, float]]:
+        """From sets that differ in everything to what users' histories are like; names in the last third."""
+
+        def draw(step: int, rng: np.random.Generator) -> tuple[list[Episode], float]:
+            share = step / plan.steps
+            difficulty = next(d for until, d in STAGES if share < until)
+            names = self._names if share >= NAMES_FROM else ()
+            episodes = [
+                draw_episode(self._index, difficulty=difficulty, rng=rng, names=names)
+                for _ in range(plan.batch_size)
+            ]
+            return episodes, float(np.interp(share, *SIDE_WEIGHTS))
+
+        return self._train(draw, work=work, plan=plan, title="mllm grouping")
+
+    def train_speaking(self, *, work: Path, plan: LoopPlan) -> list[dict[str, float]]:
+        """Sets called as people speak of what they want and what they do not."""
+        difficulty = STAGES[-1][1]
+        wordings = (*OPPOSED, *SPOKEN, *SPOKEN)
+
+        def draw(step: int, rng: np.random.Generator) -> tuple[list[Episode], float]:
+            episodes = [
+                draw_episode(self._index, difficulty=difficulty, rng=rng, names=self._names, opposed=wordings)
+                for _ in range(plan.batch_size)
+            ]
+            return episodes, 1.0 - step / plan.steps
+
+        return self._train(draw, work=work, plan=plan, title="mllm speaking")
+
+    def report(self) -> dict[str, float]:
+        """Accuracy of each exam and of naming, on unseen subjects."""
+        figures = {
+            f"{name}_accuracy": grouping_accuracy(self.mllm, exam, features=self._unseen_features)
+            for name, exam in self._exams.items()
+        }
+        return {**figures, "naming": naming_accuracy(self.mllm, self.unseen, count=256)}
+
+    def _train(
+        self,
+        draw: Callable[[int, np.random.Generator], tuple[list[Episode], float]],
+        *,
+        work: Path,
+        plan: LoopPlan,
+        title: str,
+    ) -> list[dict[str, float]]:
+        mllm = self.mllm
+
+        def loss(step: int, rng: np.random.Generator, _: torch.Generator) -> dict[str, Tensor]:
+            episodes, side_weight = draw(step, rng)
+            rows = rng.integers(len(self.data), size=NUM_CAPTIONS)
+            items = [episode.item for episode in episodes]
+            items += [caption_item(self.data, int(row), feature=int(row), rng=rng) for row in rows]
+            batch = pack_batch(mllm.encoder, items=items)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = mllm.hidden(batch, image_features=self._features)
+                each = mllm.token_losses(batch, hidden=hidden)
+                side = side_loss(mllm, batch, hidden=hidden, episodes=episodes)
+            query = _query_tokens(batch.target_questions, episodes)
+            grouping, words = each[query].mean(), each[~query].mean()
+            total = 2 * grouping + words + side_weight * side
+            return {"loss": total, "grouping": grouping, "words": words, "side": side}
+
+        return Loop(mllm.model, plan=plan, folder=work).run(loss, report=self.report, title=title)
 
 
 def side_loss(mllm: MLLM, batch: PackedBatch, *, hidden: Tensor, episodes: Sequence[Episode]) -> Tensor:
@@ -248,9 +290,9 @@ def train_mllm(
     *,
     work: Path,
     out: Path,
-    plans: tuple[LoopPlan, LoopPlan] = (TOWER_PLAN, GROUPING_PLAN),
+    plans: tuple[LoopPlan, LoopPlan, LoopPlan] = (TOWER_PLAN, GROUPING_PLAN, SPEAKING_PLAN),
 ) -> dict[str, object]:
-    """Two curricula on seen subjects only, then save to ``out`` in fp16; returns the card's figures.
+    """Three curricula on seen subjects only, then save to ``out`` in fp16; returns the card's figures.
 
     The gate is measured on drawings of UNSEEN subjects; the tokenizer alone has met every word. They are the
     many of the training shards: among the thousand of the held-out ones no picture shows what an episode
@@ -271,13 +313,17 @@ def train_mllm(
     )
     some = mllm.encode_images(np.array(data.images[:2048]))
     prepare_language_model(mllm, features=some, seed=plans[1].seed)
-    grouping, final = train_grouping(mllm, data, unseen, work=work / "grouping", plan=plans[1])
+    school = GroupingSchool(mllm, data, unseen)
+    grouping = school.train_grouping(work=work / "grouping", plan=plans[1])
+    speaking = school.train_speaking(work=work / "speaking", plan=plans[2])
+    mllm.model.eval()
+    final = school.report()
     mllm.model.half()
     mllm.save(out)
     return {
-        "gate": "neutral grouping of unseen drawings of unseen subjects at least .90 with 8 + 8 pictures",
+        "gate": "neutral grouping of drawings of unseen subjects at least .90 with 8 + 8 pictures",
         "pictures": len(data),
         **final,
         "parameters": sum(p.numel() for p in mllm.model.parameters()),
-        "history": {"tower": tower, "grouping": grouping},
+        "history": {"tower": tower, "grouping": grouping, "speaking": speaking},
     }
