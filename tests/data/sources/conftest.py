@@ -213,6 +213,8 @@ def pickled_frame(rows, monkeypatch, *, layout="blocks"):
     def _new_Index(cls, state):
         raise AssertionError
 
+    for parent in ("pandas", "pandas.core", "pandas.core.internals", "pandas.core.indexes", "pandas._libs"):
+        module(parent)
     module("pandas.core.frame", DataFrame=frame)
     module("pandas.core.internals.managers", BlockManager=manager)
     module("pandas.core.indexes.base", Index=index, _new_Index=_new_Index)

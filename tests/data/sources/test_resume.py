@@ -22,6 +22,8 @@ def _small_groups(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_after_every_commit(tmp_path, make, tools, monkeypatch, name):
     """Each run lives for one commit and does the work of the next, whose images then lie about."""
+    if name == "prefbench":
+        monkeypatch.setattr(importing, "COMMIT_IMAGES", 15)  # it has many images
     source = make(name)
     tools.run(name, source, tmp_path / "whole")
     commit, left = Spool.commit, [0]
@@ -131,13 +133,14 @@ def test_two_imports_into_one_folder(tmp_path, make, tools):
 
 
 def test_a_history_that_is_there_already(tmp_path, make, tools):
+    source = make("table")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "history.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="holds a history.jsonl already"):
-        tools.run("table", make("table"), tmp_path / "out")
+        tools.run("table", source, tmp_path / "out")
     (tmp_path / "out" / "import.json").write_text("[]")
     with pytest.raises(DataError, match="no report of an import"):
-        tools.run("table", make("table"), tmp_path / "out")
+        tools.run("table", source, tmp_path / "out")
 
 
 def test_groups_hold_a_bounded_number_of_bytes(make, monkeypatch):
