@@ -229,12 +229,15 @@ def pickled_frame(rows, monkeypatch, *, layout="blocks"):
     axis = Call(_new_Index, index, {"data": objects(names, (len(names),)), "name": None})
     other = Call(_new_Index, index, {"name": None, "start": 0, "stop": len(rows), "step": 1})
     numbers = [name for name in names if name in ("user_id", "label0")]
+    if layout == "scalars":  # a column of objects that are numpy's numbers
+        numbers = ["label0"]
+        rows = [{**row, "user_id": np.int64(row["user_id"])} for row in rows]
     blocks = [(np.array([[row[name] for row in rows]]), slice(names.index(name), names.index(name) + 1, 1))
               for name in numbers]  # fmt: skip
     rest = [name for name in names if name not in numbers]
     values = objects([row[name] for name in rest for row in rows], (len(rest), len(rows)))
     blocks.append((values, np.array([names.index(name) for name in rest])))
-    if layout == "blocks":
+    if layout != "0.14.1":
         made = Call(manager, tuple(Call(_unpickle_block, v, p, 2) for v, p in blocks), [axis, other])
     else:
         state = {"axes": [axis, other], "blocks": [{"values": v, "mgr_locs": p} for v, p in blocks]}

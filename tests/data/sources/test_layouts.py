@@ -136,7 +136,7 @@ def test_pickapic_reads_in_bounded_pieces(make):
         assert list(section.read(start, None)) == whole[start:]
 
 
-@pytest.mark.parametrize("layout", ["blocks", "0.14.1"])
+@pytest.mark.parametrize("layout", ["blocks", "0.14.1", "scalars"])
 def test_learn_user_pref_without_pandas(tmp_path, make, tools, layout):
     report = tools.run("learn-user-pref", make("learn-user-pref", layout=layout), tmp_path / "out").report
     check_learn_user_pref(tmp_path / "out", report, tools)

@@ -123,6 +123,35 @@ def test_half_an_import_of_something_else(tmp_path, make, tools, monkeypatch):
         tools.run("folder", make("folder"), tmp_path / "out")
 
 
+def test_a_source_that_changed_while_killed(tmp_path, make, tools, monkeypatch):
+    def crash(spool):
+        raise tools.Crash
+
+    source = make("table")
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "settle", crash)
+        with pytest.raises(tools.Crash):
+            tools.run("table", source, tmp_path / "out")
+    source.write_text(source.read_text().replace("yes", "no "))
+    with pytest.raises(DataError, match=r"judged\.csv has changed since"):
+        tools.run("table", source, tmp_path / "out")
+
+
+def test_a_full_disk_is_a_users_mistake_and_loses_nothing(tmp_path, make, tools, monkeypatch):
+    source = make("table")
+    tools.run("table", source, tmp_path / "whole")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "write_picture", full)
+        with pytest.raises(DataError, match="stopped: .*No space left on device; mend it and repeat"):
+            tools.run("table", source, tmp_path / "out")
+    tools.run("table", source, tmp_path / "out")
+    assert tools.bytes_of(tmp_path / "out") == tools.bytes_of(tmp_path / "whole")
+
+
 def test_two_imports_into_one_folder(tmp_path, make, tools):
     out = tmp_path / "out"
     (out / ".import").mkdir(parents=True)

@@ -149,7 +149,7 @@ def _wrapped(text: str, *, width: int = 62, most: int = 3) -> list[str]:
 
 
 def _histogram(axes: Any, sizes: Counter[int], *, side: Side, colour: str) -> None:
-    """Users by number of images of one side; the widest 1 % of users share the last bar."""
+    """Users by number of images of one side; the last 1 % share one bar, or a few would squash the rest."""
     values = np.array(list(sizes), dtype=np.int64)
     users = np.array(list(sizes.values()), dtype=np.int64)
     order = np.argsort(values)
@@ -158,7 +158,8 @@ def _histogram(axes: Any, sizes: Counter[int], *, side: Side, colour: str) -> No
     width = -(-(high + 1) // 20)
     bins = np.arange(0, high + 1 + width, width) - 0.5
     axes.hist(np.minimum(values, high), bins=bins, weights=users, color=colour, rwidth=0.9)
-    axes.set_xlabel(f"{side} images of a user", fontsize=9)
+    more = f" (last bar: {bins[-2] + 0.5:.0f} or more)" if values.max() > high else ""
+    axes.set_xlabel(f"{side} images of a user{more}", fontsize=9)
     axes.set_ylabel("users", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)

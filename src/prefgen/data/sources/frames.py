@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prefgen.data.sources.pickles import SpilledBytes, Stateful, load_spilling
 from prefgen.errors import DataError
@@ -75,6 +76,11 @@ def _new_index(_: Any, state: Any) -> _Index:
     return made
 
 
+def _scalar(dtype: Any, data: Any) -> Any:
+    """A single numpy number in a column of objects."""
+    return _numbers(dtype, data).item()
+
+
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     # How bytes were written up to protocol 2.
     if not isinstance(text, str) or encoding != "latin1":
@@ -103,6 +109,7 @@ CLASSES: dict[tuple[str, str], Any] = {
 }
 for _core in ("numpy.core", "numpy._core"):
     CLASSES[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    CLASSES[f"{_core}.multiarray", "scalar"] = _scalar
     CLASSES[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
 
@@ -172,13 +179,18 @@ def _columns(array: Any) -> list[Sequence[Any]]:
         return [
             flat[row::height] if fortran else flat[row * width : (row + 1) * width] for row in range(height)
         ]
+    numbers = _numbers(dtype, data).reshape(shape, order="F" if fortran else "C")
+    return [row.tolist() for row in (numbers if len(shape) == 2 else [numbers])]
+
+
+def _numbers(dtype: Any, data: Any) -> npt.NDArray[Any]:
+    """Raw bytes as a flat array of numbers or fixed text."""
+    code = str(dtype.args[0])
     if not _NUMBER.fullmatch(code):
         raise ValueError(f"column of the unknown type {code!r}")
     big = dtype.state is not None and dtype.state[1] == ">"
-    kind = np.dtype(code).newbyteorder(">" if big else "<")
     raw = data.read() if isinstance(data, SpilledBytes) else bytes(data)
-    numbers = np.frombuffer(raw, dtype=kind).reshape(shape, order="F" if fortran else "C")
-    return [row.tolist() for row in (numbers if len(shape) == 2 else [numbers])]
+    return np.frombuffer(raw, dtype=np.dtype(code).newbyteorder(">" if big else "<"))
 
 
 def _resolve(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -109,10 +110,14 @@ def run_import(
     except OSError as error:
         raise DataError(f"cannot write to {out} ({error.strerror}); pass another --out") from None
     with open_spool(work / "spool.sqlite", fractions=plan.fractions) as spool:
-        _begin(spool, request=wanted, command=plan.command, out=out)
-        _read(opened, spool=spool, out=out, plan=plan, progress=progress)
-        _clean(spool, plan=plan, progress=progress)
-        report = _finish(opened, spool=spool, out=out, plan=plan, progress=progress)
+        try:
+            _begin(spool, request=wanted, command=plan.command, out=out)
+            _check_unchanged(opened, spool=spool, out=out)
+            _read(opened, spool=spool, out=out, plan=plan, progress=progress)
+            _clean(spool, plan=plan, progress=progress)
+            report = _finish(opened, spool=spool, out=out, plan=plan, progress=progress)
+        except (OSError, sqlite3.OperationalError) as error:  # a full disk, above all
+            raise DataError(f"import into {out} stopped: {error}; mend it and repeat the command") from None
     shutil.rmtree(work)
     return Imported(report=report, was_finished=False)
 
@@ -145,6 +150,21 @@ def _begin(spool: Spool, *, request: dict[str, Any], command: str, out: Path) ->
     spool.put("request", request)
     spool.put("command", command)
     spool.commit()
+
+
+def _check_unchanged(opened: Opened, *, spool: Spool, out: Path) -> None:
+    """What was read before a kill and what is read after it must be one source."""
+    stamps = {
+        file.relative_to(opened.root).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns]
+        for section in opened.sections
+        for file in section.files
+    }
+    earlier = spool.get("stamps")
+    if earlier is None:
+        spool.put("stamps", stamps)
+    elif earlier != stamps:
+        changed = next(n for n in {**earlier, **stamps} if earlier.get(n) != stamps.get(n))
+        raise DataError(f"{changed} has changed since {out} was begun; delete the folder and import again")
 
 
 def _read(

@@ -20,7 +20,7 @@ from prefgen.schema import SCHEMA_VERSION, SPLITS, Source, UserHistory
 
 REPORT_NAME = "import.json"
 NUM_SAMPLES = 4
-"""Users whose images the data card shows: the first with both sides, as they come."""
+"""Users whose images the data card shows: the first who like something."""
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 from prefgen.data.images import MAX_IMAGE_BYTES
 from prefgen.errors import DataError
@@ -118,10 +118,15 @@ def _take(width: int) -> Callable[[Any], None]:
     return load
 
 
-for _opcode, _width in ((pickle.SHORT_BINBYTES, 1), (pickle.BINBYTES, 4), (pickle.BINBYTES8, 8)):
-    _Spilling.dispatch[_opcode[0]] = _take(_width)  # type: ignore[assignment]
-_Spilling.dispatch[pickle.BYTEARRAY8[0]] = _take(8)  # type: ignore[assignment]
-_Spilling.dispatch[pickle.BUILD[0]] = _Spilling.build  # type: ignore[assignment]
+cast(Any, _Spilling.dispatch).update(
+    {
+        pickle.SHORT_BINBYTES[0]: _take(1),
+        pickle.BINBYTES[0]: _take(4),
+        pickle.BINBYTES8[0]: _take(8),
+        pickle.BYTEARRAY8[0]: _take(8),
+        pickle.BUILD[0]: _Spilling.build,
+    }
+)
 
 
 def load_spilling(path: Path, *, classes: dict[tuple[str, str], Any], spill: Path) -> Any:
