@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "prefgen needs Python 3.11 or newer; pass PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[mini,triton,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[mini,import,triton,dev]'
 	@touch $@
 
 install: $(STAMP)  ## make the environment (VENV, default .venv) with every version pinned

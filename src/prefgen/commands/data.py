@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefgen.commands.data_import import add_import
 from prefgen.errors import ConfigError, DataError
 from prefgen.schema import Split
 
@@ -21,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_agents(actions)
     _add_drawings(actions)
+    add_import(actions)
     _add_build(actions)
     _add_inspect(actions)
     _add_verify(actions)
@@ -141,7 +143,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     from prefgen.data.shards import BuildLimits, count_histories, read_histories, write_shards
 
-    fractions = _fractions(args.fractions)
+    fractions = split_fractions(args.fractions)
     total = count_histories(args.history)
     with tqdm(total=total, unit="user", desc="build", dynamic_ncols=True, delay=0.3) as bar:
 
@@ -257,7 +259,12 @@ def _histogram(found: SplitSummary, *, num_bins: int = 8) -> list[str]:
     return rows
 
 
-def _fractions(text: str) -> tuple[float, float, float]:
+def split_fractions(text: str) -> tuple[float, float, float]:
+    """``--fractions``: shares of train, validation and test.
+
+    Raises:
+        ConfigError: not three numbers.
+    """
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
