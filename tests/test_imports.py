@@ -73,10 +73,17 @@ ALLOWED = {
     "base": {*CONFIG, *PACKAGES, "checkpoint", "base"},
     "study": {*CONFIG, *PACKAGES, "base", "study"},  # the evaluation: stages' files, never a stage's code
     "artefacts": {*BASIC, "artefacts"},
+    "judgements": {*BASIC, "judgements"},
     "profile": {*BASIC, *PACKAGES, "checkpoint", "profile"},
-    "taste": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste"},
-    "pipeline": {*BASIC, *PACKAGES, "checkpoint", "profile", "taste", "artefacts", "pipeline"},
+    "profile_math": {*BASIC, "profile", "profile_math"},
+    "ranking": {*BASIC, *PACKAGES, "profile", "ranking"},
+    "taste": {*BASIC, *PACKAGES, "checkpoint", "profile", "profile_math", "taste"},
+    "profile_batch": {*BASIC, *PACKAGES, "profile", "profile_math", "taste", "profile_batch"},
+    "painter": {*BASIC, *PACKAGES, "profile", "artefacts", "painter"},
+    "pipeline": {*BASIC, *PACKAGES, "profile", "ranking", "taste", "artefacts", "painter", "pipeline"},
 }
+
+LIBRARY = {"profile", "profile_math", "profile_batch", "ranking", "taste", "painter", "pipeline"}
 
 
 def allowed(name):
@@ -108,9 +115,7 @@ def test_what_the_command_line_reads_is_light(name):
     assert not heavy, f"{name} imports {heavy}"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SOURCES if area(name) in {*PACKAGES, "profile", "pipeline", "study"}]
-)
+@pytest.mark.parametrize("name", [name for name in SOURCES if area(name) in {*PACKAGES, *LIBRARY, "study"}])
 def test_the_library_knows_no_lightning(name):
     found = {target.partition(".")[0] for target in imports(SOURCES[name])}
     assert "lightning" not in found, name

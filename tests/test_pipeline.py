@@ -16,8 +16,10 @@ from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.pixels import to_pil
 from prefgen.models.projector import load_projector, save_projector
 from prefgen.models.readout import fit_readout, save_readout
+from prefgen.models.representation import like_probability
 from prefgen.models.sampling import sample
 from prefgen.models.user_adapter import load_user_adapter, save_user_adapter
+from prefgen.models.user_schedule import UserSchedule
 from prefgen.pipeline import PrefGenPipeline
 from prefgen.profile import UserProfile
 from prefgen.taste import TasteModels, read_images
@@ -218,6 +220,81 @@ def test_explain_gives_stored_words_first_and_refuses_what_it_cannot_read(folder
     other = load(save_tiny_artefacts(tmp_path / "other", seed=9))
     with pytest.raises(CheckpointError, match="made by another mllm .* name the artefacts it was built with"):
         other.explain(profile)
+
+
+STEPS = {"num_steps": 3, "num_images": 1}
+
+
+def test_steering_left_alone_changes_nothing(pipeline, profile):
+    plain = pipeline.generate("a boat", profile=profile, **STEPS)
+    spelt = {"negative_user_scale": 0.0, "schedule": UserSchedule(), "block_scales": {"down": 1, "up": 1.0}}
+    assert same(plain, pipeline.generate("a boat", profile=profile, **spelt, **STEPS))
+
+
+def test_the_disliked_side_steers_the_unconditional_branch(pipeline, profile):
+    plain = pipeline.generate("a boat", profile=profile, **STEPS)
+    away = pipeline.generate("a boat", profile=profile, negative_user_scale=1.0, **STEPS)
+    assert not same(plain, away)
+    other = replace(profile, sem_negative=-profile.sem_negative)
+    assert same(plain, pipeline.generate("a boat", profile=other, **STEPS))
+    assert not same(away, pipeline.generate("a boat", profile=other, negative_user_scale=1.0, **STEPS))
+    lone = pipeline.build_profile(LIKED[:1])  # without a disliked image its part is dropped
+    assert "image" not in pipeline.painter.parts(lone, count=1, side="disliked")
+    assert pipeline.generate("a boat", profile=lone, negative_user_scale=1.0, **STEPS)
+
+
+def test_a_schedule_and_block_scales_reach_the_unet(pipeline, profile):
+    plain = pipeline.generate("a boat", profile=profile, **STEPS)
+    base = pipeline.generate("a boat", profile=profile, user_scale=0, **STEPS)
+    for options in ({"schedule": UserSchedule(shape="late")}, {"block_scales": {"down": 0.0}}):
+        drawn = pipeline.generate("a boat", profile=profile, **options, **STEPS)
+        assert not same(drawn, plain)
+        assert not same(drawn, base)
+    nowhere = {"down": 0.0, "mid": 0.0, "up": 0.0}
+    assert same(base, pipeline.generate("a boat", profile=profile, block_scales=nowhere, **STEPS))
+
+
+def test_steering_that_could_do_nothing_is_refused(pipeline, profile):
+    with pytest.raises(DataError, match="negative_user_scale 0.5 works in .* guidance_scale 1 switches off"):
+        pipeline.generate("a boat", profile=profile, negative_user_scale=0.5, guidance_scale=1.0, **STEPS)
+    with pytest.raises(DataError, match="negative_user_scale must be finite"):
+        pipeline.generate("a boat", profile=profile, negative_user_scale=math.inf, **STEPS)
+    with pytest.raises(DataError, match="no cross-attention is in block 'middle'"):
+        pipeline.generate("a boat", profile=profile, block_scales={"middle": 1.0}, **STEPS)
+
+
+def test_scores_from_the_vectors_need_no_mllm(folder, profile):
+    fresh = load(folder)
+    pictures_ = [*DISLIKED, *LIKED]
+    scores = fresh.score(pictures_, profile=profile)
+    assert not {"taste", "painter"} & set(vars(fresh))
+    assert scores.scored_by == "both means"
+    alone = [fresh.score([picture], profile=profile).values[0] for picture in pictures_]
+    torch.testing.assert_close(scores.values, torch.stack(alone), rtol=0, atol=1e-4)
+    # Means of the very images: -0.5 and 0.5.
+    torch.testing.assert_close(scores.values[:2].mean(), torch.tensor(-0.5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores.values[2:].mean(), torch.tensor(0.5), rtol=0, atol=1e-4)
+
+
+def test_scores_from_the_mllm_are_its_probabilities(pipeline, profile):
+    told = []
+    scores = pipeline.score(LIKED, profile=profile, liked=LIKED, disliked=DISLIKED, progress=told.append)
+    assert scores.scored_by == "mllm"
+    assert told == [3]
+    assert bool(((scores.values > 0) & (scores.values < 1)).all())
+    again = pipeline.score(LIKED[:1], profile=profile, liked=LIKED, disliked=DISLIKED)
+    torch.testing.assert_close(again.values, scores.values[:1])
+    expected = like_probability(pipeline.taste.mllm, liked=LIKED[:1], disliked=[], candidates=LIKED)
+    lone = pipeline.score(LIKED, profile=profile, liked=LIKED[:1])
+    torch.testing.assert_close(lone.values, expected)
+    with pytest.raises(DataError, match="at least one liked image of the history, got 0"):
+        pipeline.score(LIKED, profile=profile, disliked=DISLIKED)
+
+
+def test_scores_for_a_profile_of_another_lineage_are_refused(pipeline, profile):
+    other = replace(profile, lineage={**profile.lineage, "image_encoder": "f" * 64})
+    with pytest.raises(CheckpointError, match="made by another image_encoder .* than that of the pipeline"):
+        pipeline.score(LIKED, profile=other)
 
 
 def test_no_liked_image_and_bad_counts_are_refused(pipeline, profile):

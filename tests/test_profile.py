@@ -95,9 +95,12 @@ def test_tensors_that_build_never_makes_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "profile version 2; this prefgen reads version 1"),
+        ({"version": 3}, "profile version 3; this prefgen reads versions 1 and 2"),
+        ({"version": True}, "profile version True; this prefgen reads versions 1 and 2"),
+        ({"version": 1}, "profile counts must be disliked, draws, liked as whole numbers"),
         ({"counts": {"liked": 1, "disliked": -1, "draws": 1}}, "profile counts must be"),
         ({"counts": {"liked": 1}}, "profile counts must be"),
+        ({"counts": {"liked": 1, "disliked": 1, "draws": 1}}, "counts must be combined, disliked, draws,"),
         ({"lineage": ["a"]}, "lineage must map names to hashes"),
         ({"likes": "x" * 10001}, "likes must be text of at most 10000"),
         ({"user_id": 7}, "user_id must be text"),
@@ -109,6 +112,31 @@ def test_headers_that_save_never_writes_are_refused(tmp_path, change, message):
     _rewrite(path, header={**_header(path), **change})
     with pytest.raises(CheckpointError, match=message):
         UserProfile.load(path)
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    path = tmp_path / "me.safetensors"
+    profile = make_profile()
+    profile.save(path)
+    header = _header(path)
+    old = {name: header["counts"][name] for name in ("liked", "disliked", "draws")}
+    _rewrite(path, header={**header, "version": 1, "counts": old})
+    loaded = UserProfile.load(path)
+    assert loaded.counts == profile.counts
+    assert (loaded.counts.updates, loaded.counts.combined) == (0, 0)
+    loaded.save(path)
+    assert _header(path)["version"] == 2
+
+
+def test_files_are_as_small_as_their_numbers(tmp_path):
+    """Widths of a mini model: four hidden layers and a core of 256, CLIP embeddings of 128."""
+    widths = {"core": 256, "sem": 1024, "image": 128}
+    tensors = {name: torch.randn(widths[name.split("_")[0]]) for name in TENSORS}
+    path = tmp_path / "me.safetensors"
+    make_profile(**tensors).save(path)
+    numbers = sum(len(tensor) for tensor in tensors.values())
+    assert path.stat().st_size < 4 * numbers + 3000
+    assert path.stat().st_size < 20_000
 
 
 def test_files_that_are_no_profile_are_refused(tmp_path):

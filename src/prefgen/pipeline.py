@@ -15,7 +15,7 @@ Both sides load when they are first needed: building a profile reads no UNet, dr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -24,16 +24,16 @@ import torch
 from PIL import Image
 
 from prefgen.artefacts import Artefacts
-from prefgen.errors import CheckpointError, DataError
-from prefgen.lineage import hash_file, hash_folder
-from prefgen.models.diffusion import DiffusionBundle
-from prefgen.models.fusion import PartName
+from prefgen.errors import DataError
+from prefgen.lineage import hash_folder
+from prefgen.models.image_encoder import ImageEncoder
 from prefgen.models.pixels import to_pil
-from prefgen.models.projector import SemProjector, load_projector
 from prefgen.models.readout import AttributeReadout, ReadWord, load_readout
 from prefgen.models.sampling import SampleUsers, sample
-from prefgen.models.user_adapter import UserAdapter, load_user_adapter
+from prefgen.models.user_schedule import CONSTANT, UserSchedule, check_negative_scale
+from prefgen.painter import Painter
 from prefgen.profile import UserProfile
+from prefgen.ranking import Scores, scores_by_mllm, scores_by_vectors
 from prefgen.taste import TasteModels
 
 BATCH_SIZE = 4
@@ -54,79 +54,6 @@ class Explanation:
     likes: str | None
     dislikes: str | None
     source: Literal["mllm", "readout"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Painter:
-    """The diffusion side: frozen bundle, projector and user adapter.
-
-    Attributes:
-        bundle: the pipeline.
-        projector: sem into the text space; None where the adapter does not read it.
-        adapter: installed in the bundle's UNet.
-        lineage: what the adapter was trained with.
-    """
-
-    bundle: DiffusionBundle
-    projector: SemProjector | None
-    adapter: UserAdapter
-    lineage: dict[str, str]
-
-    @staticmethod
-    def load(
-        artefacts: Artefacts, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> Painter:
-        """Read the parts and check that they belong together.
-
-        Raises:
-            CheckpointError: one is missing, or was trained with another of the others.
-        """
-        artefacts.require("pipeline", "user_adapter")
-        bundle = DiffusionBundle.load(str(artefacts.pipeline), dtype=dtype, device=device)
-        loaded = load_user_adapter(artefacts.user_adapter, unet=bundle.unet)
-        lineage = loaded.lineage
-        _require_part(artefacts, part="unet", lineage=lineage, key="unet")
-        projector = None
-        if "aligned" in loaded.adapter.fusion.shape.parts:
-            artefacts.require("projector")
-            if lineage.get("projector") not in (None, hash_file(artefacts.projector)):
-                raise CheckpointError(
-                    f"{artefacts.user_adapter} was trained with another projector than "
-                    f"{artefacts.projector}; run 'prefgen fit --stage inject' again after stage align"
-                )
-            found = load_projector(artefacts.projector)
-            # SDXL has two text encoders; the lineage names the one whose space the projector maps into.
-            encoder = found.text.get("text_encoder", "text_encoder")
-            _require_part(artefacts, part=encoder, lineage=lineage, key="text_encoder")
-            projector = found.projector.to(device)
-        adapter = loaded.adapter.to(device)
-        adapter.attention.install()
-        return Painter(bundle=bundle, projector=projector, adapter=adapter, lineage=lineage)
-
-    @torch.no_grad()
-    def parts(self, profile: UserProfile, *, count: int) -> dict[PartName, torch.Tensor]:
-        """The parts (count,D) that the adapter reads, of one user ``count`` times."""
-        sem, core, image = profile.side("liked")
-        rows: dict[PartName, torch.Tensor] = {"core": core, "image": image}
-        if self.projector is not None:
-            device = self.projector.text_mean.device
-            width = self.projector.shape.sem_width
-            if len(sem) != width:
-                raise CheckpointError(
-                    f"the profile's sem has {len(sem)} numbers, the projector takes {width}"
-                )
-            rows["aligned"] = self.projector(sem[None].to(device))[0]
-        wanted = self.adapter.fusion.shape.parts
-        return {name: value.expand(count, -1) for name, value in rows.items() if name in wanted}
-
-
-def _require_part(artefacts: Artefacts, *, part: str, lineage: Mapping[str, str], key: str) -> None:
-    folder = artefacts.pipeline / part
-    if key in lineage and folder.is_dir() and hash_folder(folder) != lineage[key]:
-        raise CheckpointError(
-            f"{artefacts.user_adapter} was trained with another {part} than {folder} holds; "
-            "use the pipeline it was trained with"
-        )
 
 
 class PrefGenPipeline:
@@ -184,6 +111,55 @@ class PrefGenPipeline:
         """A profile from images; one liked image is enough. See :meth:`TasteModels.build_profile`."""
         return self.taste.build_profile(liked, disliked=disliked, user_id=user_id, words=words, seed=seed)
 
+    def update_profile(
+        self,
+        profile: UserProfile,
+        *,
+        liked: Sequence[Image.Image] = (),
+        disliked: Sequence[Image.Image] = (),
+        words: bool = False,
+        seed: int = 0,
+    ) -> UserProfile:
+        """A profile after more images, even one. See :meth:`TasteModels.update_profile`."""
+        return self.taste.update_profile(profile, liked=liked, disliked=disliked, words=words, seed=seed)
+
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """What makes e_img, read when first needed; alone where the MLLM is not asked."""
+        self.artefacts.require("pipeline")
+        folder = self.artefacts.pipeline / "image_encoder"
+        return ImageEncoder.load(folder, dtype=self._dtype, device=self._device)
+
+    def score(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        profile: UserProfile,
+        liked: Sequence[Image.Image] = (),
+        disliked: Sequence[Image.Image] = (),
+        progress: Callable[[int], object] | None = None,
+    ) -> Scores:
+        """How much this user would like each image.
+
+        The profile holds no history that the MLLM could be asked behind, so its image means are compared:
+        :func:`prefgen.ranking.scores_by_vectors`. With the images of the history at hand the MLLM answers
+        "Does this user like this image?": :func:`prefgen.ranking.scores_by_mllm`.
+
+        Raises:
+            CheckpointError: the profile is of another lineage.
+            DataError: only disliked images of the history are given.
+        """
+        if liked or disliked:
+            profile.require_lineage(self.taste.lineage, what="the models at hand")
+            return scores_by_mllm(self.taste.mllm, images, liked=liked, disliked=disliked, progress=progress)
+        encoder = self.image_encoder
+        lineage = {"image_encoder": hash_folder(self.artefacts.pipeline / "image_encoder")}
+        profile.require_lineage(lineage, what=f"the pipeline {self.artefacts.pipeline}")
+        scores = scores_by_vectors(profile, embeds=encoder.embed(images))
+        if progress is not None:
+            progress(len(images))
+        return scores
+
     @cached_property
     def readout(self) -> AttributeReadout:
         """What reads attributes from ``sem_embeds``, read when first needed."""
@@ -223,6 +199,9 @@ class PrefGenPipeline:
         num_steps: int = 25,
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
+        negative_user_scale: float = 0.0,
+        schedule: UserSchedule = CONSTANT,
+        block_scales: Mapping[str, float] | None = None,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int], object] | None = None,
     ) -> list[Image.Image]:
@@ -237,22 +216,37 @@ class PrefGenPipeline:
             num_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 or less switches it off.
             negative_prompt: text of the unconditional branch; "" is none.
+            negative_user_scale: strength of the user's disliked side in the unconditional branch, from which
+                guidance leads away; 0 leaves an unknown user there, as in training.
+            schedule: factor on both scales, step by step.
+            block_scales: factor on both by block of the UNet, such as ``{"down": 0.5}``; None is 1
+                everywhere.
             batch_size: images drawn at a time; another number may change last bits.
             progress: called with the number of images just drawn.
 
         Raises:
             CheckpointError: the profile is of another lineage.
-            DataError: a count below 1, a scale that is not finite, or a prompt too long for the text encoder.
+            DataError: a count below 1, a scale that is not finite or has no branch to work in, a block that
+                is not there, or a prompt too long for the text encoder.
         """
         _check_counts(num_images=num_images, num_steps=num_steps, batch_size=batch_size)
+        check_negative_scale(negative_user_scale, guidance_scale=guidance_scale)
         painter = self.painter
         profile.require_lineage(painter.lineage, what=f"the adapter {self.artefacts.user_adapter}")
         images: list[Image.Image] = []
         for start in range(0, num_images, batch_size):
             count = min(batch_size, num_images - start)
+            negative = None
+            if negative_user_scale:
+                negative = painter.parts(profile, count=count, side="disliked")
             users = SampleUsers.of(
-                painter.adapter, parts=painter.parts(profile, count=count), scale=user_scale
+                painter.adapter,
+                parts=painter.parts(profile, count=count),
+                scale=user_scale,
+                negative_parts=negative,
+                negative_scale=negative_user_scale,
             )
+            users = replace(users, schedule=schedule, block_scales=block_scales)
             pixels = sample(
                 painter.bundle,
                 [prompt] * count,

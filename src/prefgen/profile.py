@@ -21,8 +21,8 @@ from torch import Tensor
 
 from prefgen.errors import CheckpointError
 
-PROFILE_VERSION = 1
-"""Version of the file; a reader refuses any other."""
+PROFILE_VERSION = 2
+"""Version of the file that is written. Version 1, which did not count updates, is read too."""
 
 TENSORS = (
     "core_embeds",
@@ -40,6 +40,7 @@ PROFILE_PARTS = ("mllm", "lora", "probe", "image_encoder")
 """Parts of a lineage that a profile depends on; an adapter trained on other ones cannot read it."""
 
 _HEADER_KEY = "profile"
+_SINCE_VERSION_2 = {"updates", "combined"}
 _LARGEST_FILE = 16 << 20
 _LARGEST_HEADER = 1 << 20
 _WIDEST = 1 << 20
@@ -54,11 +55,16 @@ class ProfileCounts:
         liked: liked images seen.
         disliked: disliked images seen.
         draws: draws of references whose mean ``core_embeds`` and ``sem_embeds`` are.
+        updates: how often images were added since it was built. ``core_embeds`` and ``sem_embeds`` are then
+            only near those of a build from all images; the image means are the same.
+        combined: how many profiles were combined into this one; 0 for one that was built.
     """
 
     liked: int
     disliked: int
     draws: int
+    updates: int = 0
+    combined: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,12 +228,14 @@ def _check_tensor(tensor: Tensor, *, name: str) -> None:
 
 def _read_header(text: str) -> dict[str, Any]:
     header = _json_object(text)
-    if header.get("version") != PROFILE_VERSION:
+    version = header.get("version")
+    # True == 1 in Python, and json has a true.
+    if isinstance(version, bool) or version not in (1, PROFILE_VERSION):
         raise CheckpointError(
-            f"profile version {header.get('version')!r}; this prefgen reads version {PROFILE_VERSION}"
+            f"profile version {version!r}; this prefgen reads versions 1 and {PROFILE_VERSION}"
         )
     counts, lineage = header.get("counts"), header.get("lineage")
-    names = {item.name for item in fields(ProfileCounts)}
+    names = {item.name for item in fields(ProfileCounts)} - (_SINCE_VERSION_2 if version == 1 else set())
     if not isinstance(counts, dict) or set(counts) != names or not all(map(_is_count, counts.values())):
         raise CheckpointError(
             f"profile counts must be {', '.join(sorted(names))} as whole numbers, got {counts!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,10 @@ from prefgen.models.image_encoder import ImageEncoder
 from prefgen.models.lora import load_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.probes import LayerChoice, choice_to_json, read_choice
+from prefgen.models.questions import parse_attributes
 from prefgen.models.representation import References, embed_references, list_attributes
-from prefgen.profile import ProfileCounts, UserProfile
+from prefgen.profile import UserProfile
+from prefgen.profile_math import Reading, first_profile, updated_profile
 
 MAX_REFERENCES = 8
 """Images of either side in one draw: what the MLLM and stage predict work with."""
@@ -123,6 +125,93 @@ class TasteModels:
         if not liked:
             raise DataError("a profile needs at least one liked image, got 0")
         tell = progress or _quiet
+        reading = self._read(
+            liked,
+            disliked=disliked,
+            seed=seed,
+            num_draws=num_draws,
+            max_references=max_references,
+            tell=tell,
+        )
+        profile = first_profile(reading, lineage=self.lineage, user_id=user_id)
+        if not words:
+            return profile
+        tell("putting it into words")
+        likes, dislikes = self.words(liked, disliked=disliked, max_references=max_references)
+        return replace(profile, likes=likes, dislikes=dislikes)
+
+    @torch.no_grad()
+    def update_profile(
+        self,
+        profile: UserProfile,
+        *,
+        liked: Sequence[Picture] = (),
+        disliked: Sequence[Picture] = (),
+        words: bool = False,
+        seed: int = 0,
+        num_draws: int = NUM_DRAWS,
+        max_references: int = MAX_REFERENCES,
+        progress: Callable[[str], object] | None = None,
+    ) -> UserProfile:
+        """A profile after more images, even one; the earlier images are not needed.
+
+        The image means are exactly those of a build from all images. ``core_embeds`` and ``sem_embeds`` are
+        near them: see :mod:`prefgen.profile_math`. Adding several images at once keeps them nearer than one
+        by one.
+
+        Args:
+            profile: made by these models.
+            liked: more RGB images this user likes.
+            disliked: more images this user does not like.
+            words: also ask the MLLM about the new images and add that to the stored words; without it stored
+                words are dropped, as they speak of the earlier images alone.
+            seed: as for :meth:`build_profile`.
+            num_draws: draws of references from the new images.
+            max_references: images of either side in one draw.
+            progress: called with the name of each step before it begins.
+
+        Raises:
+            DataError: no image, or words asked for where the profile holds none of the earlier images.
+            CheckpointError: the profile was made by other models.
+        """
+        if not liked and not disliked:
+            raise DataError("an update needs at least one liked or disliked image, got 0")
+        if words and profile.likes is None and profile.dislikes is None:
+            raise DataError(
+                "the profile holds no words of its earlier images to add to; update it without words, or "
+                "build it from all images with words"
+            )
+        profile.require_lineage(self.lineage, what="the models at hand")
+        tell = progress or _quiet
+        reading = self._read(
+            liked,
+            disliked=disliked,
+            seed=seed,
+            num_draws=num_draws,
+            max_references=max_references,
+            tell=tell,
+        )
+        updated = updated_profile(profile, reading=reading)
+        if not words:
+            return updated
+        tell("putting it into words")
+        likes, dislikes = self.words(liked, disliked=disliked, max_references=max_references)
+        return replace(
+            updated,
+            likes=joined_words(profile.likes, likes, but=dislikes),
+            dislikes=joined_words(profile.dislikes, dislikes, but=likes),
+        )
+
+    def _read(
+        self,
+        liked: Sequence[Picture],
+        *,
+        disliked: Sequence[Picture],
+        seed: int,
+        num_draws: int,
+        max_references: int,
+        tell: Callable[[str], object],
+    ) -> Reading:
         tell("looking at the images")
         pictures = [*liked, *disliked]
         features = self.mllm.encode_images(pictures)
@@ -141,26 +230,14 @@ class TasteModels:
         core, sem = (_means(rows, count=len(draws)) for rows in (states.core, states.sem))
         tell("embedding the images")
         embeds = self.image_encoder.embed(pictures)
-        image, image_mean = _anchor(embeds[: len(liked)])
-        negative, negative_mean = _anchor(embeds[len(liked) :])
-        likes, dislikes = None, None
-        if words:
-            tell("putting it into words")
-            likes, dislikes = self.words(liked, disliked=disliked, max_references=max_references)
-        return UserProfile(
+        return Reading(
             core_embeds=core[0],
             sem_embeds=sem[0],
-            image_embeds=image,
             core_negative=core[1],
             sem_negative=sem[1],
-            image_negative=negative,
-            image_mean=image_mean,
-            image_mean_negative=negative_mean,
-            counts=ProfileCounts(liked=len(liked), disliked=len(disliked), draws=len(draws)),
-            lineage=self.lineage,
-            user_id=user_id,
-            likes=likes,
-            dislikes=dislikes,
+            liked=embeds[: len(liked)],
+            disliked=embeds[len(liked) :],
+            draws=len(draws),
         )
 
     def words(
@@ -186,25 +263,46 @@ class TasteModels:
 
 
 def read_images(path: Path) -> list[Picture]:
-    """The images of a folder in the order of their names, or one image file, as RGB.
-
-    Hidden files are passed over; anything else that is no image is refused, never left out silently.
+    """The images of :func:`list_images`, as RGB.
 
     Raises:
         DataError: nothing there, an empty folder, or a file that is no readable image.
     """
+    return [read_image(file) for file in list_images(path)]
+
+
+def list_images(path: Path) -> list[Path]:
+    """The files of a folder in the order of their names, or the one image file that ``path`` is.
+
+    Hidden files are passed over; anything else that is no image is refused later, never left out silently.
+
+    Raises:
+        DataError: nothing there, or an empty folder.
+    """
     if path.is_file():
-        return [_read_image(path)]
+        return [path]
     if not path.is_dir():
         raise DataError(f"no folder or image at {path}")
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     if not files:
         raise DataError(f"{path} is empty; put at least one image (png, jpeg, webp ..) in it")
-    return [_read_image(file) for file in files]
+    return files
 
 
-def _read_image(file: Path) -> Picture:
-    if not file.is_file():
+def joined_words(stored: str | None, found: str, *, but: str) -> str:
+    """Two comma lists as one, each word once; stored ones that the newer images contradict are left out."""
+    against = set(parse_attributes(but))
+    kept = [word for word in parse_attributes(stored or "") if word not in against]
+    return ", ".join(dict.fromkeys([*kept, *parse_attributes(found)]))
+
+
+def read_image(file: Path) -> Picture:
+    """One image file as RGB.
+
+    Raises:
+        DataError: a folder, or no readable image.
+    """
+    if file.exists() and not file.is_file():
         raise DataError(f"{file} is a folder; images have to lie directly in {file.parent}")
     try:
         if file.stat().st_size > MAX_IMAGE_BYTES:
@@ -232,20 +330,6 @@ def _means(rows: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     """(D,) mean of the first ``count`` rows and of the rest, float32 on the CPU."""
     rows = rows.double().cpu()
     return rows[:count].mean(dim=0).float(), rows[count:].mean(dim=0).float()
-
-
-def _anchor(embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """The embedding nearest to the mean of all (N,D), and that mean; zeros where there is none.
-
-    One real image, not the mean: stage inject trained on embeddings of single images, and a mean of several
-    lies where none of them is.
-    """
-    if not len(embeds):
-        empty = embeds.new_zeros(embeds.shape[1])
-        return empty, empty.clone()
-    mean = embeds.mean(dim=0)
-    nearest = int((embeds - mean).norm(dim=1).argmin())
-    return embeds[nearest].clone(), mean
 
 
 def _spread(pictures: Sequence[Picture], *, count: int) -> list[Picture]:

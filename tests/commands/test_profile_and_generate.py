@@ -111,8 +111,11 @@ def test_generate_writes_images_grid_and_a_record_that_makes_them_again(
     out = tmp_path / "fox"
     assert draw(profile, out, models) == 0
     assert f"grid:   {out / 'grid.png'}" in capsys.readouterr().out
-    names = {"base-000.png", "base-001.png", "image-000.png", "image-001.png", "grid.png", "generation.json"}
+    names = {f"{kind}-{number}.png" for kind in ("base", "image") for number in ("000", "001")}
+    names |= {"grid.png", "generation.json", "judge.csv"}
     assert {item.name for item in out.iterdir()} == names
+    judged = (out / "judge.csv").read_text().splitlines()
+    assert judged == ["image,liked", "image-000.png,", "image-001.png,", "base-000.png,", "base-001.png,"]
     record = json.loads((out / "generation.json").read_text())
     assert [item["seed"] for item in record["images"] if item["user"]] == [3, 4]
     assert record["inputs"]["profile"]["sha256"] == hash_file(profile)
@@ -208,3 +211,46 @@ def test_a_profile_of_other_models_is_refused_before_drawing(profile, tmp_path, 
     models = ["--artefacts", other, "--pipeline", other / "pipeline"]
     words = ["--profile", profile, "--prompt", "x", "--out", tmp_path / "o"]
     assert "was made by another mllm" in fails(capsys, "generate", *words, *models)
+
+
+STEERING = ("--negative-user-scale=-0.5", "--user-scale-schedule", "late", "--user-from", 0.2)
+
+
+def test_steering_is_recorded_and_the_command_makes_the_same_images_again(models, profile, tmp_path):
+    out = tmp_path / "fox"
+    blocks = ("--user-scale-blocks", "down=0.5,up=1")
+    assert draw(profile, out, models, "--no-base", "--num-images", 1, *STEERING, *blocks) == 0
+    record = json.loads((out / "generation.json").read_text())
+    settings = {name: value for name, value in record["settings"].items() if "user_" in name}
+    assert settings == {
+        "user_scale": 0.8,
+        "negative_user_scale": -0.5,
+        "user_scale_schedule": "late",
+        "user_from": 0.2,
+        "user_until": 1.0,
+        "user_scale_blocks": {"down": 0.5, "up": 1.0},
+    }
+    words = shlex.split(record["command"])
+    assert "--user-scale-blocks=down=0.5,up=1.0" in words
+    again = tmp_path / "again"
+    words[words.index("--out") + 1] = str(again)
+    assert main(words[1:]) == 0
+    assert hash_file(again / "image-000.png") == record["images"][0]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--negative-user-scale", "0.5", "--guidance-scale", "1"], "guidance_scale 1 switches off"),
+        (["--negative-user-scale", "much"], "expected a finite number"),
+        (["--user-scale-schedule", "cosine"], "invalid choice: 'cosine'"),
+        (["--user-from", "0.8", "--user-until", "0.2"], "0 <= from < until <= 1 is needed"),
+        (["--user-scale-blocks", "down"], "expected blocks with a factor each, such as down=0.5"),
+        (["--user-scale-blocks", "down=x"], "expected a finite number, got 'x'"),
+        (["--user-scale-blocks", "top=1"], "no cross-attention is in block 'top'; this UNet has"),
+    ],
+)
+def test_bad_steering_is_one_line(models, profile, tmp_path, capsys, words, message):
+    base = ["generate", "--profile", profile, "--prompt", "x", "--out", tmp_path / "o", *models]
+    assert message in fails(capsys, *base, *words)
+    assert not (tmp_path / "o").exists()

@@ -11,6 +11,7 @@ from prefgen.models.fusion import FusionShape
 from prefgen.models.pixels import to_uint8
 from prefgen.models.sampling import SampleUsers, noise_for, sample
 from prefgen.models.user_adapter import UserAdapter
+from prefgen.models.user_schedule import CONSTANT, UserSchedule
 
 SHAPE = FusionShape(parts=("aligned", "core", "image"), widths=(16, 10, 12), cross_width=16)
 PROMPTS = ["a red fox", "a blue boat", "a green tree"]
@@ -164,3 +165,103 @@ def test_an_sdxl_folder_draws_the_stock_pipelines_images(tmp_path, negative):
     assert torch.equal((ours * 0.5 + 0.5).clamp(0, 1), theirs)
     steered = sample(bundle, PROMPTS, seeds=SEEDS, users=replace(users, scale=1.0), **HOW)
     assert not torch.equal(steered, ours)
+
+
+def steer(bundle, *, negative_scale, scale=1.0):
+    """Users whose negative twins have other parts, and those twins as users of their own."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    torch.manual_seed(0)
+    bundle.unet.set_attn_processor(AttnProcessor2_0())  # without the users of an earlier call
+    adapter = UserAdapter(bundle.unet, shape=SHAPE)
+    adapter.attention.install()
+    generator = torch.Generator().manual_seed(1)
+    sides = [
+        {
+            name: torch.randn(3, width, generator=generator)
+            for name, width in zip(SHAPE.parts, SHAPE.widths, strict=True)
+        }
+        for _ in range(2)
+    ]
+    return SampleUsers.of(
+        adapter, parts=sides[0], scale=scale, negative_parts=sides[1], negative_scale=negative_scale
+    )
+
+
+def test_a_negative_user_scale_of_0_is_as_before_bit_for_bit(bundle):
+    before = sample(bundle, PROMPTS, seeds=SEEDS, users=make_users(bundle, scale=1.0), **HOW)
+    users = steer(bundle, negative_scale=0.0)
+    assert users.null_scale is None
+    assert torch.equal(sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW), before)
+
+
+def test_the_negative_twins_steer_the_unconditional_rows_at_their_own_scale(bundle):
+    plain = sample(bundle, PROMPTS, seeds=SEEDS, users=steer(bundle, negative_scale=0.0), **HOW)
+    drawn = {}
+    for negative in (0.5, 1.0):
+        users = steer(bundle, negative_scale=negative)
+        drawn[negative] = sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW)
+        assert not torch.equal(drawn[negative], plain)
+    assert not torch.equal(drawn[0.5], drawn[1.0])
+    users = steer(bundle, negative_scale=0.5)
+    users.activate(guided=True)
+    scale = users.attention._users.scale.flatten().tolist()
+    assert scale == [0.5] * 3 + [1.0] * 3
+    key = users.attention._users.keys_and_values[0][0]
+    twins = users.attention.branches[0](users.null_embeds)[0]
+    assert torch.equal(
+        key[:3], users.attention.branches[0](torch.cat([users.null_embeds, users.embeds]))[0][:3]
+    )
+    torch.testing.assert_close(key[:3], twins)
+    users.attention.clear()
+
+
+def test_with_user_scale_0_only_the_unconditional_rows_are_steered(bundle):
+    base = sample(bundle, PROMPTS, seeds=SEEDS, **HOW)
+    users = steer(bundle, negative_scale=1.0, scale=0.0)
+    assert not torch.equal(sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW), base)
+
+
+def test_plain_schedules_and_block_scales_are_as_before_bit_for_bit(bundle):
+    users = make_users(bundle, scale=1.0)
+    plain = sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW)
+    spelt = replace(users, schedule=UserSchedule(shape="constant"), block_scales={"down": 1.0, "up": 1.0})
+    assert torch.equal(sample(bundle, PROMPTS, seeds=SEEDS, users=spelt, **HOW), plain)
+    nowhere = replace(users, block_scales={"down": 0.0, "mid": 0.0, "up": 0.0})
+    assert torch.equal(
+        sample(bundle, PROMPTS, seeds=SEEDS, users=nowhere, **HOW),
+        sample(bundle, PROMPTS, seeds=SEEDS, **HOW),
+    )
+
+
+def test_a_schedule_scales_the_steps_it_names_and_computes_keys_once(bundle, monkeypatch):
+    users = replace(make_users(bundle, scale=1.0), schedule=UserSchedule(shape="linear"))
+    seen, calls = [], []
+    rescale = users.attention.rescale
+    monkeypatch.setattr(users.attention, "rescale", lambda factor: seen.append(factor) or rescale(factor))
+    users.attention.branches[0].to_k_user.register_forward_hook(lambda *_: calls.append(1))
+    drawn = sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW)
+    assert seen == [0.0, 1 / 3, 2 / 3, 1.0]
+    assert len(calls) == 1
+    plain = sample(bundle, PROMPTS, seeds=SEEDS, users=replace(users, schedule=CONSTANT), **HOW)
+    assert not torch.equal(drawn, plain)
+    early, late = (
+        sample(bundle, PROMPTS, seeds=SEEDS, users=replace(users, schedule=UserSchedule(shape=shape)), **HOW)
+        for shape in ("early", "late")
+    )
+    assert not torch.equal(early, late)
+    never = replace(users, schedule=UserSchedule(until=0.01))
+    assert torch.equal(
+        sample(bundle, PROMPTS, seeds=SEEDS, users=never, **HOW), sample(bundle, PROMPTS, seeds=SEEDS, **HOW)
+    )
+
+
+def test_steering_goes_with_the_images_of_a_smaller_batch(bundle):
+    users = replace(
+        steer(bundle, negative_scale=0.5),
+        schedule=UserSchedule(shape="late"),
+        block_scales={"down": 0.5},
+    )
+    together = sample(bundle, PROMPTS, seeds=SEEDS, users=users, **HOW)
+    singly = sample(bundle, PROMPTS, seeds=SEEDS, users=users, batch_size=1, **HOW)
+    torch.testing.assert_close(singly, together, rtol=0, atol=1e-4)

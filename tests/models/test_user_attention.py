@@ -183,3 +183,52 @@ def test_building_draws_no_random_numbers(bundle):
     before = torch.get_rng_state()
     UserAttention(bundle.unet)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rescaling_changes_the_scale_and_nothing_else(bundle, inputs):
+    base = predict(bundle, inputs)
+    attention = install(bundle.unet)
+    attention.set(draw_users(), user_scale=0.7)
+    full = predict(bundle, inputs)
+    computed = attention.branches[0].to_k_user
+    calls = []
+    handle = computed.register_forward_hook(lambda *_: calls.append(1))
+    attention.rescale(0.0)
+    assert torch.equal(predict(bundle, inputs), base)
+    attention.rescale(0.5)
+    half = predict(bundle, inputs)
+    attention.rescale(1.0)
+    assert torch.equal(predict(bundle, inputs), full)
+    handle.remove()
+    assert not calls, "keys and values are computed when users are set, never again"
+    attention.set(draw_users(), user_scale=0.35)
+    torch.testing.assert_close(predict(bundle, inputs), half)
+
+
+def test_a_new_set_forgets_the_factors_of_the_last(bundle, inputs):
+    attention = install(bundle.unet)
+    attention.set(draw_users(), user_scale=0.7)
+    full = predict(bundle, inputs)
+    attention.set(draw_users(), user_scale=0.7, block_scales={"down": 0.0})
+    attention.rescale(0.3)
+    attention.set(draw_users(), user_scale=0.7)
+    assert torch.equal(predict(bundle, inputs), full)
+
+
+def test_scales_by_block(bundle, inputs):
+    base = predict(bundle, inputs)
+    attention = install(bundle.unet)
+    blocks = sorted({name.split("_")[0] for name in attention.names})
+    assert len(blocks) > 1, "the tiny UNet must have several kinds of blocks"
+    attention.set(draw_users(), user_scale=0.7)
+    full = predict(bundle, inputs)
+    attention.set(draw_users(), user_scale=0.7, block_scales=dict.fromkeys(blocks, 1.0))
+    assert torch.equal(predict(bundle, inputs), full)
+    attention.set(draw_users(), user_scale=0.7, block_scales=dict.fromkeys(blocks, 0.0))
+    assert torch.equal(predict(bundle, inputs), base)
+    attention.set(draw_users(), user_scale=0.7, block_scales={blocks[0]: 0.0})
+    some = predict(bundle, inputs)
+    assert not torch.equal(some, base)
+    assert not torch.equal(some, full)
+    with pytest.raises(DataError, match="no cross-attention is in block 'middle'; this UNet has down_blocks"):
+        attention.set(draw_users(), user_scale=0.7, block_scales={"middle": 1.0})

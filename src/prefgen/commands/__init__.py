@@ -10,6 +10,7 @@ COMMANDS = (
     "prefgen.commands.fit",
     "prefgen.commands.profile",
     "prefgen.commands.generate",
+    "prefgen.commands.score",
     "prefgen.commands.evaluate",
     "prefgen.commands.config",
     "prefgen.commands.doctor",

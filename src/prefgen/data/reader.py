@@ -122,6 +122,10 @@ class ShardReader:
         """Bad users met so far in this process."""
         return self._skips.count
 
+    def key(self, position: int) -> str:
+        """Key of the first part of the user at a position, known even of a bad one."""
+        return self._groups[position][1][0].key
+
     def __getitem__(self, position: int) -> UserSample | None:
         """The user at a position, or ``None`` where it is bad and ``on_bad="skip"``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from prefgen.models.diffusion import DiffusionBundle, TextCondition
 from prefgen.models.fusion import PartName
 from prefgen.models.user_adapter import UserAdapter
 from prefgen.models.user_attention import UserAttention
+from prefgen.models.user_schedule import CONSTANT, UserSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,32 +32,61 @@ class SampleUsers:
         null_embeds: (1,N,Dcross) or (B,N,Dcross) tokens of the unconditional branch: those of a user of whom
             nothing is known (zeroed inputs of the fusion, never zeroed tokens), or of the disliked side.
         scale: (B,) ``user_scale`` of each image, or one number for all.
+        null_scale: ``negative_user_scale``, where ``null_embeds`` are the disliked side's; None takes
+            ``scale``.
+        schedule: factor on both scales, step by step.
+        block_scales: factor on both, by block of the UNet; None is 1 everywhere.
     """
 
     attention: UserAttention
     embeds: Tensor
     null_embeds: Tensor
     scale: float | Sequence[float] = 1.0
+    null_scale: float | None = None
+    schedule: UserSchedule = CONSTANT
+    block_scales: Mapping[str, float] | None = None
 
     @staticmethod
     @torch.no_grad()
     def of(
-        adapter: UserAdapter, *, parts: Mapping[PartName, Tensor], scale: float | Sequence[float] = 1.0
+        adapter: UserAdapter,
+        *,
+        parts: Mapping[PartName, Tensor],
+        scale: float | Sequence[float] = 1.0,
+        negative_parts: Mapping[PartName, Tensor] | None = None,
+        negative_scale: float = 0.0,
     ) -> SampleUsers:
         """Users by their parts (B,D), with the tokens of an unknown user for the unconditional branch.
 
         Both kinds of tokens are computed in one batch, laid out as a stock pipeline lays them out, so that
         the images of an exported adapter agree to the last bit.
+
+        Args:
+            adapter: fusion and attention.
+            parts: what the users like.
+            scale: ``user_scale``.
+            negative_parts: the negative twins' parts; read only where ``negative_scale`` is not 0.
+            negative_scale: ``negative_user_scale``: the unconditional branch then takes the twins' tokens at
+                this strength, and guidance leads away from them. At 0 it keeps those of the unknown user, at
+                ``scale``.
         """
         rows = adapter.fusion.rows(parts)
-        null_embeds, embeds = adapter.fusion(torch.cat([torch.zeros_like(rows), rows])).chunk(2)
-        return SampleUsers(attention=adapter.attention, embeds=embeds, null_embeds=null_embeds, scale=scale)
+        negative = negative_parts if negative_scale else None
+        without = torch.zeros_like(rows) if negative is None else adapter.fusion.rows(negative)
+        null_embeds, embeds = adapter.fusion(torch.cat([without, rows])).chunk(2)
+        return SampleUsers(
+            attention=adapter.attention,
+            embeds=embeds,
+            null_embeds=null_embeds,
+            scale=scale,
+            null_scale=None if negative is None else negative_scale,
+        )
 
     def part(self, rows: slice) -> SampleUsers:
         """The users of some of the images."""
         shared = len(self.null_embeds) == 1
-        return SampleUsers(
-            attention=self.attention,
+        return replace(
+            self,
             embeds=self.embeds[rows],
             null_embeds=self.null_embeds if shared else self.null_embeds[rows],
             scale=self.scale if isinstance(self.scale, int | float) else list(self.scale)[rows],
@@ -69,8 +99,9 @@ class SampleUsers:
         embeds = self.embeds
         if guided:
             embeds = torch.cat([self.null_embeds.expand(count, -1, -1), embeds])
-            scale = torch.cat([scale, scale])
-        self.attention.set(embeds, user_scale=scale)
+            without = scale if self.null_scale is None else torch.full((count,), float(self.null_scale))
+            scale = torch.cat([without, scale])
+        self.attention.set(embeds, user_scale=scale, block_scales=self.block_scales)
 
 
 def noise_for(seeds: Sequence[int], *, bundle: DiffusionBundle) -> Tensor:
@@ -162,10 +193,15 @@ def _denoise(
     scheduler.set_timesteps(num_steps, device=bundle.device)
     extra = _step_arguments(scheduler, seeds=seeds, shape=bundle.latent_shape)
     latents: Tensor = noise.to(device=bundle.device, dtype=text.hidden.dtype) * scheduler.init_noise_sigma
+    factors: Sequence[float] = ()
     if users is not None:
         users.activate(guided=guided)
+        # Not num_steps: schedulers of the second order call the UNet oftener.
+        factors = () if users.schedule.is_plain else users.schedule.factors(len(scheduler.timesteps))
     try:
-        for timestep in scheduler.timesteps:
+        for number, timestep in enumerate(scheduler.timesteps):
+            if users is not None and factors:
+                users.attention.rescale(factors[number])
             inputs = torch.cat([latents] * 2) if guided else latents
             inputs = scheduler.scale_model_input(inputs, timestep)
             prediction = bundle.denoise(inputs, timesteps=timestep, text=text)

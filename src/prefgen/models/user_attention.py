@@ -9,7 +9,7 @@ the processors read them at every denoising step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefgen.errors import ConfigError, DataError
+from prefgen.models.user_schedule import layer_factors
 
 CROSS_ATTENTION = "attn2.processor"
 """How diffusers names the processors that read the text."""
@@ -44,13 +45,18 @@ class _Users:
     """What the processors read: the users now drawn for, shared by all layers of one UNet."""
 
     def __init__(self) -> None:
-        self.scale: Tensor | None = None
+        self.scale: Tensor | None = None  # as it was set
+        self.step_factor = 1.0
+        self.layer_factors: tuple[float, ...] = ()
         self.all_on = False
         self.keys_and_values: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def off(self) -> bool:
-        return self.scale is None
+    def scale_at(self, index: int) -> Tensor | None:
+        """(B,1,1) of one layer at the present step; None where it is the base model's."""
+        factor = self.step_factor * self.layer_factors[index] if self.layer_factors else self.step_factor
+        if self.scale is None or factor == 0:
+            return None
+        return self.scale if factor == 1 else self.scale * factor
 
 
 class UserAttnProcessor:
@@ -77,7 +83,8 @@ class UserAttnProcessor:
         **kwargs: Any,
     ) -> Tensor:
         """As ``AttnProcessor2_0``: hidden states (B,S,D) or (B,D,H,W) in, the same out."""
-        if self.users.off:
+        scale = self.users.scale_at(self.index)
+        if scale is None:
             return cast(
                 Tensor,
                 self.base(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs),
@@ -98,16 +105,14 @@ class UserAttnProcessor:
         )
         mask = _text_mask(attn, attention_mask, batch_size=len(text), num_tokens=text.shape[1])
         text_out = _attend(query, key, value, mask=mask)
-        out = attn.to_out[1](attn.to_out[0](self._add_user(text_out, query=query)))
+        out = attn.to_out[1](attn.to_out[0](self._add_user(text_out, query=query, scale=scale)))
         if len(shape) == 4:
             out = out.transpose(-1, -2).reshape(shape)
         if attn.residual_connection:
             out = out + residual
         return cast(Tensor, out / attn.rescale_output_factor)
 
-    def _add_user(self, text_out: Tensor, *, query: Tensor) -> Tensor:
-        scale = self.users.scale
-        assert scale is not None
+    def _add_user(self, text_out: Tensor, *, query: Tensor, scale: Tensor) -> Tensor:
         key, value = self.users.keys_and_values[self.index]
         if len(key) != len(query):
             raise DataError(
@@ -180,7 +185,13 @@ class UserAttention(nn.Module):
             self._installed = None
         self.clear()
 
-    def set(self, user_embeds: Tensor, *, user_scale: float | Sequence[float] | Tensor = 1.0) -> None:
+    def set(
+        self,
+        user_embeds: Tensor,
+        *,
+        user_scale: float | Sequence[float] | Tensor = 1.0,
+        block_scales: Mapping[str, float] | None = None,
+    ) -> None:
         """Draw for these users from now on; keys and values are computed here, once.
 
         Training must leave them set until after the backward pass: with gradient checkpointing the UNet runs
@@ -189,10 +200,12 @@ class UserAttention(nn.Module):
         Args:
             user_embeds: (B,N,Dcross), one row per row of the UNet's batch.
             user_scale: one number, or one per row; 0 is the base model.
+            block_scales: factor on it by block, see :func:`layer_factors`; None is 1 everywhere.
 
         Raises:
-            DataError: the numbers of rows and scales differ, or a scale is not finite.
+            DataError: the numbers of rows and scales differ, a scale is not finite, or no such block.
         """
+        factors = layer_factors(self.names, blocks=block_scales) if block_scales else ()
         scale = torch.as_tensor(user_scale, dtype=torch.float32).detach().cpu()
         scale = scale.expand(len(user_embeds)) if scale.ndim == 0 else scale
         if scale.shape != (len(user_embeds),):
@@ -206,7 +219,12 @@ class UserAttention(nn.Module):
             return
         self._users.all_on = bool((scale != 0).all())
         self._users.scale = scale.to(user_embeds.device).view(-1, 1, 1)
+        self._users.step_factor, self._users.layer_factors = 1.0, factors
         self._users.keys_and_values = [layer(user_embeds) for layer in self.layers]
+
+    def rescale(self, factor: float) -> None:
+        """From the next step on every ``user_scale`` is what was set, times this; keys and values stay."""
+        self._users.step_factor = float(factor)
 
     def clear(self) -> None:
         """No users: the base model."""
