@@ -15,7 +15,15 @@ from prefgen.evaluate.judges import Judge
 from prefgen.foundation import clip, judge, mllm, unet, vae
 from prefgen.foundation.build import build_part
 from prefgen.foundation.captioned import load_captioned
-from prefgen.foundation.episodes import Difficulty, PictureIndex, caption_item, draw_episode
+from prefgen.foundation.episodes import (
+    OPPOSED,
+    SPOKEN,
+    Difficulty,
+    PictureIndex,
+    caption_item,
+    draw_episode,
+    draw_wording,
+)
 from prefgen.foundation.loop import Loop, LoopPlan
 from prefgen.models.clip import Clip
 from prefgen.models.diffusion import DiffusionBundle
@@ -78,6 +86,31 @@ def test_an_episode_shows_two_sets_in_words_stage_1_never_uses(pictures):
         said = [*episode.item.history, *(w for q in episode.item.questions for w in (*q.pieces, q.answer))]
         words = " ".join(w for w in said if isinstance(w, str))
         assert not any(phrase in words for phrase in (LIKED_MARK, DISLIKED_MARK, LIKE_WORDS, *YES_NO, "like"))
+
+
+def test_sets_are_called_by_names_drawn_anew_and_never_as_stage_1_calls_them():
+    rng = np.random.default_rng(0)
+    drawn = [
+        draw_wording(rng, names=("fox", "tree", "moon"), opposed=(*OPPOSED, *SPOKEN)) for _ in range(200)
+    ]
+    words = " ".join(" ".join((*one[:3], *one[3])) for one in drawn)
+    for phrase in (LIKED_MARK, DISLIKED_MARK, LIKE_WORDS, "Yes", "No", "like"):
+        assert phrase not in words
+    named = [one for one in drawn if one[3][0].startswith(" ")]
+    assert 40 <= len(named) <= 100  # 70 expected
+    assert all(one[3][0].strip() in one[0] and one[3][1].strip() in one[1] for one in named)
+    assert all(one[0] != one[1] and one[3][0] != one[3][1] for one in drawn)
+
+
+def test_every_picture_of_an_episode_has_its_side(pictures):
+    index, rng = PictureIndex(pictures["train"]), np.random.default_rng(0)
+    copied = Difficulty(min_groups=5, max_groups=5, num_values=1, copy_rate=1.0)
+    episode = draw_episode(index, difficulty=copied, rng=rng)
+    shown = [piece for piece in episode.item.history if isinstance(piece, int)]
+    assert len(episode.sides) == len(shown) + len(episode.correct)
+    sets = {side: {p for p, s in zip(shown, episode.sides, strict=False) if s == side} for side in (0, 1)}
+    for question, side in zip(episode.item.questions, episode.correct, strict=False):
+        assert question.pieces[0] in sets[side]
 
 
 def test_pictures_are_found_by_value_or_by_as_many_as_there_are(pictures):

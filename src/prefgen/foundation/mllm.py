@@ -200,7 +200,10 @@ class GroupingSchool:
             f"{name}_accuracy": grouping_accuracy(self.mllm, exam, features=self._unseen_features)
             for name, exam in self._exams.items()
         }
-        return {**figures, "naming": naming_accuracy(self.mllm, self.unseen, count=256)}
+        return {
+            **figures,
+            "naming": naming_accuracy(self.mllm, self.unseen, count=min(256, len(self.unseen))),
+        }
 
     def _train(
         self,
