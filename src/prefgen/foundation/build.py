@@ -86,8 +86,11 @@ def _train(
     if part == "mllm":
         from prefgen.foundation import mllm
 
-        around = (_plan(mllm.TOWER_PLAN, seed, None), _plan(mllm.SPEAKING_PLAN, seed, None))
-        plans = (around[0], _plan(mllm.GROUPING_PLAN, seed, steps), around[1])
+        plans = (
+            _plan(mllm.TOWER_PLAN, seed, None),
+            _plan(mllm.GROUPING_PLAN, seed, steps),
+            _plan(mllm.SPEAKING_PLAN, seed, None),
+        )
         return mllm.train_mllm(data, work=work, out=out / "mllm", plans=plans)
     from prefgen.foundation import judge
 
