@@ -248,7 +248,7 @@ def test_more_on_request_and_the_plain_figures_stay(words, report, metrics, tmp_
     out = tmp_path / "more"
     more = [
         f"out={out}", "extra.figures=true", "extra.save_pictures=true", "extra.num_set_resamples=5",
-        "extra.conditions=image_mean,feedback",
+        "extra.conditions=[image_mean,feedback]",
     ]  # fmt: skip
     assert main(["evaluate", *words, *more]) == 0
     found = json.loads((out / "metrics.json").read_text())

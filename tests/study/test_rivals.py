@@ -167,9 +167,9 @@ def test_two_text_encoders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("extra.conditions=words_mlm", "is not one of words_mllm"),
+        ("extra.conditions=[words_mlm]", "is not one of words_mllm"),
         ("extra.feedback_until=0", "must be above 0"),
-        ("extra.scorers=pickscore", "expected name:folder"),
+        ("extra.scorers=[pickscore]", "expected name:folder"),
         ("extra.inversion_steps=0", "must be at least 1"),
     ],
 )
@@ -179,7 +179,7 @@ def test_settings_that_do_not_fit_are_refused(word, message):
 
 
 def test_relatives_of_image_only_need_its_adapter():
-    words = ["extra.conditions=image_mean,feedback", "model.inject_image_only="]
+    words = ["extra.conditions=[image_mean,feedback]", "model.inject_image_only="]
     with pytest.raises(ConfigError, match="needs model.inject_image_only"):
         load_evaluate_config(overrides=words)
     assert load_evaluate_config(overrides=words[:1]).extra.conditions == ("image_mean", "feedback")

@@ -151,7 +151,7 @@ def _load_lpips(path: Path) -> LpipsDistance:
 
 
 def _load_reward(path: Path) -> RewardScorer:
-    import ImageReward  # type: ignore[import-not-found]
+    import ImageReward
 
     return RewardScorer(
         model=ImageReward.load(str(path / "ImageReward.pt"), med_config=str(path / "med_config.json"))

@@ -113,14 +113,14 @@ class EvaluateExtraSection:
     """More than the plain report: everything here is off unless asked for."""
 
     conditions: tuple[str, ...] = ()
-    """Rivals to draw as well: words_mllm, image_mean, image_minus, feedback, inversion."""
+    """Rivals to draw as well, e.g. [feedback]: words_mllm, image_mean, image_minus, feedback, inversion."""
     figures: bool = False
     """Also margins with paired tests, attribute hits, CLIP-T, CLIP-I, FID, KID, CMMD, diversity, Elo and
     structure; writes users.json with every user's numbers."""
     save_pictures: bool = False
     """Write all pictures as PNG files into OUT/pictures, for 'prefgen evaluate humans' and galleries."""
     scorers: tuple[str, ...] = ()
-    """Published scorers as name:folder of weights: dino, lpips, pickscore, hpsv2, imagereward."""
+    """Published scorers as [name:folder of weights]: dino, lpips, pickscore, hpsv2, imagereward."""
     dislike_weight: float = 0.5
     """image_minus: how much of the mean disliked embedding is taken off the mean liked one."""
     feedback_references: int = 4

@@ -150,7 +150,7 @@ def learn(
     vectors, curves = [], []
     for start in range(0, len(users), batch_size):
         batch = users[start : start + batch_size]
-        found = nn.Parameter(text.start(len(batch)))
+        found = text.start(len(batch)).requires_grad_()
         optimizer = torch.optim.Adam([found], lr=learning_rate)
         latents = [_latents(user, bundle=text.bundle) for user in batch]
         curve = []

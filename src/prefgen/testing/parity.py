@@ -170,7 +170,7 @@ def _fid_closed() -> float:
 
 
 def _fid_scipy() -> float:
-    from scipy.linalg import sqrtm  # type: ignore[import-not-found]
+    from scipy.linalg import sqrtm
 
     first, second = _two_clouds()
     a, b = (np.cov(rows.numpy(), rowvar=False) for rows in (first, second))
@@ -224,7 +224,7 @@ def _sign_flip_closed() -> float:
 
 
 def _sign_flip_scipy() -> float:
-    from scipy.stats import permutation_test  # type: ignore[import-not-found]
+    from scipy.stats import permutation_test
 
     gaps = []
     for count in (5, 8, 11):
@@ -261,7 +261,7 @@ def _bradley_closed() -> float:
 
 
 def _bradley_sklearn() -> float:
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-not-found]
+    from sklearn.linear_model import LogisticRegression
 
     wins = _wins()
     rows, outcome, weight = [], [], []
@@ -298,7 +298,7 @@ def _alpha_published() -> float:
 
 
 def _alpha_package() -> float:
-    import krippendorff  # type: ignore[import-not-found]
+    import krippendorff
 
     gaps = []
     for level in ("nominal", "ordinal", "interval"):
@@ -327,7 +327,7 @@ def _cosines() -> float:
 
 
 def _neighbours() -> float:
-    from sklearn.neighbors import NearestNeighbors  # type: ignore[import-not-found]
+    from sklearn.neighbors import NearestNeighbors
 
     first, second = _rows(40, 5), _rows(40, 7, seed=1)
     near = [NearestNeighbors(n_neighbors=6).fit(rows).kneighbors(return_distance=False)
