@@ -106,7 +106,8 @@ def counted(monkeypatch, *, codes=()):
     """run_command replaced: what was called, with the given exit codes in order, then 0."""
     calls, codes = [], list(codes)
 
-    def fake(command, *, log):
+    def fake(command, *, log, lock=None):
+        del lock
         calls.append(command[0])
         log.write_text("prefgen: error: it broke\n")
         return (codes.pop(0) if codes else 0), 2048
@@ -173,8 +174,8 @@ def test_a_trial_takes_the_best_value_and_keeps_what_it_found(tmp_path, monkeypa
     plan = read_plan(write(tmp_path, text))
     seen = []
 
-    def fake(command, *, log):
-        del log
+    def fake(command, *, log, lock):
+        del log, lock
         seen.append(list(command))
         if len(command) == 2 and command[0] == "config":
             loss = {"1": 0.5, "2": 0.2, "3": 0.9}[command[1]]
@@ -200,6 +201,21 @@ def test_real_commands_run_and_their_cost_is_kept(tmp_path):
     code, _ = runner.run_command(["config", "--stage", "algin"], log=log)
     assert code == 2
     assert runner._last_line(log).startswith("unknown stage 'algin'")
+
+
+def test_one_study_at_a_time_and_a_step_holds_the_lock(tmp_path):
+    import subprocess
+
+    with runner.locked(tmp_path) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+        with pytest.raises(ConfigError, match="is running in"), runner.locked(tmp_path):
+            pass
+    # The study is gone, its step is not.
+    with pytest.raises(ConfigError, match="a step of one that was killed"), runner.locked(tmp_path):
+        pass
+    left.communicate(b"\n")
+    with runner.locked(tmp_path):
+        pass
 
 
 def test_a_torn_book_is_named(tmp_path):

@@ -15,6 +15,7 @@ from prefgen.errors import DataError
 from prefgen.evaluate.alignment import bootstrap
 from prefgen.evaluate.comparing import Comparison, compare, corrected
 from prefgen.evaluate.preference import share_of
+from prefgen.study.conditions import in_order
 from prefgen.study.costs import costs, parameters, trials, versions
 from prefgen.study.plan import Plan, Run
 from prefgen.study.runner import read_book
@@ -169,7 +170,7 @@ def _estimate(values: Table | None, *, seed: int) -> dict[str, Any] | None:
 
 def main_table(runs: Sequence[Evaluated], *, seed: int) -> dict[str, Any]:
     """Every condition's figures, own against each of them, and the verdict on the study's claim."""
-    names = list(runs[0].metrics["utility"])
+    names = in_order(runs[0].metrics["utility"])
     figures = [figure for figure in runs[0].tables if figure != "own_wins"]
     rows: dict[str, Any] = {}
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ from prefgen.study.users import StudyUser
 ADAPTER = "user_adapter.safetensors"
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Conditions in the order of the reports; json has lost it."""
+    order = [*(name for name in MEANINGS if name != "real"), *EXTRA_MEANINGS, "real"]
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
 def meanings(config: EvaluateConfig) -> dict[str, str]:
     """Condition -> what it is, the extra ones before the real drawings."""
-    extra = {name: words for name, words in EXTRA_MEANINGS.items() if name in config.extra.conditions}
-    real = {"real": MEANINGS["real"]}
-    return {**{name: words for name, words in MEANINGS.items() if name != "real"}, **extra, **real}
+    known = MEANINGS | {name: EXTRA_MEANINGS[name] for name in config.extra.conditions}
+    return {name: known[name] for name in in_order(known)}
 
 
 def open_studio(config: EvaluateConfig) -> Studio:

@@ -180,8 +180,8 @@ def _likeness(
         missing.append("diversity within a user: evaluate.num_prompts=1 draws one picture a user")
     try:
         clip = Clip.load(pipeline)
-    except CheckpointError as error:
-        missing.append(f"CLIP-T: {error}")
+    except CheckpointError:
+        missing.append("CLIP-T: the pipeline's text and image encoders are not joined into one CLIP")
         return tables
     tables["clip_text"] = {}
     for name, rows in embeds.items():

@@ -7,6 +7,7 @@ for a fit means from its last checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -63,24 +64,51 @@ def run_plan(plan: Plan, *, work: Path, only: Sequence[str] = ()) -> Outcome:
         raise ConfigError(f"no run {unknown[0]!r} in {plan.path}; runs: {names}")
     chosen = [run for run in plan.runs if not only or run.name in only]
     done, failed = [], {}
-    for number, run in enumerate(chosen, start=1):
-        logger.info("study: run %s (%d of %d)", run.folder, number, len(chosen))
-        try:
-            run_one(plan, run, work=work)
-            done.append(run.folder)
-        except StepFailedError as error:
-            logger.warning("study: %s", error)
-            failed[run.folder] = str(error)
+    with locked(work) as lock:
+        for number, run in enumerate(chosen, start=1):
+            logger.info("study: run %s (%d of %d)", run.folder, number, len(chosen))
+            try:
+                run_one(plan, run, work=work, lock=lock)
+                done.append(run.folder)
+            except StepFailedError as error:
+                logger.warning("study: %s", error)
+                failed[run.folder] = str(error)
     return Outcome(done=tuple(done), failed=failed)
 
 
-def run_one(plan: Plan, run: Run, *, work: Path) -> None:
+@contextmanager
+def locked(work: Path) -> Iterator[int]:
+    """The study's folder for this process and its steps alone.
+
+    A step inherits the lock: where the study was killed and its step goes on, nobody trains beside it.
+
+    Raises:
+        ConfigError: somebody holds it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"a study, or a step of one that was killed, is running in {work}; wait for it or end it"
+            ) from None
+        yield file.fileno()
+
+
+def run_one(plan: Plan, run: Run, *, work: Path, lock: int | None = None) -> None:
     """One run: its trial if it has one, then its steps.
+
+    Args:
+        plan: the study.
+        run: which.
+        work: the study's folder.
+        lock: of that folder, handed on to every step.
 
     Raises:
         StepFailedError: a command failed.
     """
-    book = StepBook(work / "runs" / run.folder)
+    book = StepBook(work / "runs" / run.folder, lock=lock)
     values: dict[str, str] = {}
     if run.trial is not None:
         for value in run.trial.values:
@@ -125,8 +153,8 @@ class StepBook:
         steps: what has been done, in order.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, lock: int | None = None) -> None:
+        self.folder, self._lock = folder, lock
         self._path = folder / STEPS_FILE
         record = read_book(folder)
         self._old: list[dict[str, Any]] = record.get("steps", [])
@@ -148,7 +176,7 @@ class StepBook:
         self.folder.mkdir(parents=True, exist_ok=True)
         logger.info("study: prefgen %s", shlex.join(command))
         began = time.monotonic()
-        code, peak = run_command(command, log=log)
+        code, peak = run_command(command, log=log, lock=self._lock)
         if code:
             raise StepFailedError(
                 f"'prefgen {shlex.join(command)}' ended with {code}: {_last_line(log)} ({log})"
@@ -198,15 +226,27 @@ def read_book(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def run_command(command: Sequence[str], *, log: Path) -> tuple[int, int]:
+def run_command(command: Sequence[str], *, log: Path, lock: int | None = None) -> tuple[int, int]:
     """Run ``prefgen WORDS`` in a process of its own; its output goes into ``log``.
+
+    Args:
+        command: the words.
+        log: file for all it prints.
+        lock: open file that the process keeps open as long as it lives.
 
     Returns:
         exit code, and the largest memory of the process in KiB.
     """
     with log.open("wb") as file:
         words = [sys.executable, "-m", "prefgen", *command]
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        # A session of its own: Ctrl-C would reach it twice, the second time while it writes its checkpoint.
+        process = subprocess.Popen(
+            words,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            pass_fds=() if lock is None else (lock,),
+            start_new_session=True,
+        )
         with _passed_on(process):
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -220,8 +260,9 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         del frame
+        if not caught:
+            process.send_signal(signal.SIGTERM)
         caught.append(number)
-        process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
