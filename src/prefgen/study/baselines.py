@@ -152,7 +152,8 @@ def liked_minus_disliked(user: StudyUser, *, dislike_weight: float) -> Tensor:
     if disliked is None or not dislike_weight:
         return liked
     difference = liked - dislike_weight * disliked
-    return difference * (liked.norm() / difference.norm().clamp_min(1e-12))
+    scaled: Tensor = difference * (liked.norm() / difference.norm().clamp_min(1e-12))
+    return scaled
 
 
 def _from_means(
@@ -201,7 +202,7 @@ def _words(
     ]
     pixels = studio.draw(texts, seeds=_flat(users)[1], settings=settings, progress=progress)
     right = [
-        np.mean([word in user.history.liked_attributes for word in words]) if words else 0.0
+        float(np.mean([word in user.history.liked_attributes for word in words])) if words else 0.0
         for user, words in zip(users, told, strict=True)
     ]
     facts: dict[str, Any] = {

@@ -246,7 +246,8 @@ def ablation_table(
     groups: dict[str, list[Evaluated]] = {}
     for one in runs:
         groups.setdefault(one.run.name, []).append(one)
-    family, rows = {}, []
+    family: dict[str, Comparison] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, own in groups.items():
         seeds = {one.run.seed for one in own}
         reference = [one for one in main if one.run.seed in seeds] or list(main)
@@ -259,22 +260,17 @@ def ablation_table(
                 f"run {own[0].run.folder} was evaluated on other users or prompts than the main one"
             )
         family[name] = compare(values, known, seed=seed, num_resamples=NUM_RESAMPLES)
-        rows.append(
-            {
-                "name": name,
-                "group": own[0].run.group,
-                "words": own[0].run.words or name,
-                "seeds": sorted(seeds),
-                "utility": _estimate(values, seed=seed),
-                "own_wins": _estimate(pooled(own, figure="own_wins", condition="base"), seed=seed),
-                "prompt_fidelity": _estimate(
-                    pooled(own, figure="prompt_fidelity", condition="own"), seed=seed
-                ),
-                "align": _align(own[0]),
-            }
-        )
-    tests = corrected(family)
-    return [{**row, "minus_main": asdict(tests[row["name"]])} for row in rows]
+        rows[name] = {
+            "name": name,
+            "group": own[0].run.group,
+            "words": own[0].run.words or name,
+            "seeds": sorted(seeds),
+            "utility": _estimate(values, seed=seed),
+            "own_wins": _estimate(pooled(own, figure="own_wins", condition="base"), seed=seed),
+            "prompt_fidelity": _estimate(pooled(own, figure="prompt_fidelity", condition="own"), seed=seed),
+            "align": _align(own[0]),
+        }
+    return [{**rows[name], "minus_main": asdict(test)} for name, test in corrected(family).items()]
 
 
 def _align(one: Evaluated) -> dict[str, Any]:
@@ -298,6 +294,8 @@ def claims(plan: Plan, *, known: Sequence[Evaluated], seed: int) -> list[dict[st
             pooled([one for one in side if one.run.seed in shared], figure="utility", condition="own")
             for side in sides
         ]
+        if sides[0][0].users != sides[1][0].users:
+            raise DataError(f"runs {claim.better} and {claim.than} were evaluated on other users or prompts")
         assert values[0] is not None
         assert values[1] is not None
         one = compare(values[0], values[1], seed=seed, num_resamples=NUM_RESAMPLES)

@@ -157,7 +157,7 @@ def learn(
         for step in range(num_steps):
             loss = _loss(text, batch, vectors=found, latents=latents, step=step, seed=seed)
             optimizer.zero_grad()
-            loss.sum().backward()
+            loss.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             curve.append(loss.detach().sum())
             progress(len(batch))

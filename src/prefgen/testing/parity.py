@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torchmetrics.functional import pairwise_cosine_similarity
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from prefgen.evaluate.agreement import krippendorff_alpha
+from prefgen.evaluate.agreement import Level, krippendorff_alpha
 from prefgen.evaluate.alignment import bootstrap, neighbourhood_overlap
 from prefgen.evaluate.comparing import holm, sign_flip_p
 from prefgen.evaluate.copying import nearest_distances
@@ -290,10 +290,9 @@ PUBLISHED_ANSWERS = np.array(
 
 
 def _alpha_published() -> float:
-    expected = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
+    expected: dict[Level, float] = {"nominal": 0.743, "ordinal": 0.815, "interval": 0.849}
     return max(
-        _gap(krippendorff_alpha(PUBLISHED_ANSWERS, level=level), value)  # type: ignore[arg-type]
-        for level, value in expected.items()
+        _gap(krippendorff_alpha(PUBLISHED_ANSWERS, level=level), value) for level, value in expected.items()
     )
 
 
@@ -301,10 +300,10 @@ def _alpha_package() -> float:
     import krippendorff
 
     gaps = []
-    for level in ("nominal", "ordinal", "interval"):
+    for level in get_args(Level):
         for data in (PUBLISHED_ANSWERS, _rng().integers(0, 3, (5, 40)).astype(float)):
             theirs = krippendorff.alpha(reliability_data=data, level_of_measurement=level)
-            gaps.append(_gap(krippendorff_alpha(data, level=level), theirs))  # type: ignore[arg-type]
+            gaps.append(_gap(krippendorff_alpha(data, level=level), theirs))
     return max(gaps)
 
 
