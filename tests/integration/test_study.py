@@ -51,7 +51,7 @@ def test_a_killed_study_goes_on_and_reports(tmp_path, capsys):
     plan.write_text(PLAN.format(workdir=workdir))
     words = ["evaluate", "study", "--plan", str(plan), "--work", str(work)]
     process = subprocess.Popen([sys.executable, "-m", "prefgen", *words], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1800
     while "main-0" not in finished(work) and time.monotonic() < deadline:
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
