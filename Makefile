@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint type format foundation clean
+.PHONY: help install demo reproduce reproduce-full parity test check lint type format foundation clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -28,6 +28,16 @@ install: $(STAMP)  ## make the environment (VENV, default .venv) with every vers
 
 demo: $(STAMP)  ## train all four stages on drawings, evaluate, print where the report is (WORK, default work/demo)
 	PATH="$(abspath $(BIN)):$$PATH" WORK="$(WORK)" tools/demo.sh
+
+reproduce: $(STAMP)  ## the study: main table over three seeds, eight ablations (WORK, default work/reproduce; resumable)
+	$(BIN)/prefgen evaluate study --plan studies/reproduce.yaml --work $(if $(filter command line environment,$(origin WORK)),$(WORK),work/reproduce)
+
+reproduce-full: $(STAMP)  ## the whole study, days on two cores (WORK, default work/reproduce-full; resumable)
+	$(BIN)/prefgen evaluate study --plan studies/reproduce_full.yaml --work $(if $(filter command line environment,$(origin WORK)),$(WORK),work/reproduce-full)
+
+parity: $(STAMP)  ## every metric beside a published implementation: the largest differences
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[parity]'
+	$(BIN)/python tools/metric_parity.py
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow"

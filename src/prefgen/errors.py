@@ -20,3 +20,7 @@ class DataError(PrefgenError):
 
 class CheckpointError(PrefgenError):
     """A checkpoint or stage artefact that is missing, torn, foreign or of another lineage."""
+
+
+class StepFailedError(PrefgenError):
+    """A command of a study's plan ended with an error; its log says more."""

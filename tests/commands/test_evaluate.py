@@ -242,3 +242,40 @@ def test_keys_dry_run_and_mmd(capsys):
         main(["evaluate", "mmd", "--help"])
     assert leaving.value.code == 0
     assert "usage: prefgen evaluate mmd" in capsys.readouterr().out
+
+
+def test_more_on_request_and_the_plain_figures_stay(words, report, metrics, tmp_path):
+    out = tmp_path / "more"
+    more = [
+        f"out={out}", "extra.figures=true", "extra.save_pictures=true", "extra.num_set_resamples=5",
+        "extra.conditions=[image_mean,feedback]",
+    ]  # fmt: skip
+    assert main(["evaluate", *words, *more]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert "extra" not in metrics
+    assert not (report / "users.json").exists()
+    assert not (report / "pictures").exists()
+    # What stood there before stands there still, figure by figure.
+    for name in ("own_vs_base", "own_vs_words", "vqa_accuracy", "judge", "worst_users", "settings"):
+        assert found[name] == metrics[name], name
+    assert set(found["utility"]) - set(metrics["utility"]) == {"image_mean", "feedback"}
+    assert found["own_vs_feedback"]["num_users"] == 4
+    extra = found["extra"]
+    assert set(extra["margins"]["utility"]) == set(found["utility"]) - {"own"}
+    assert all(row["p"] <= row["p_holm"] <= 1 for row in extra["margins"]["utility"].values())
+    assert set(extra["sets"]["fid"]) == set(found["utility"]) - {"real"}
+    assert set(extra["elo"]) == set(found["utility"])
+    assert 0 <= extra["structure"]["cka"] <= 1
+    tables = json.loads((out / "users.json").read_text())
+    assert len(tables["users"]) == 4
+    mean = sum(tables["tables"]["utility"]["own"]) / 4
+    assert mean == pytest.approx(found["utility"]["own"]["mean"], abs=1e-5)
+    index = json.loads((out / "pictures" / "pictures.json").read_text())
+    assert len(index["users"]) == 4
+    assert set(index["users"][0]["pictures"]) == set(found["utility"])
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert "Further figures" in text
+    assert "Further figures" not in (report / "report.html").read_text(encoding="utf-8")
+    seconds = json.loads((out / "timing.json").read_text())["seconds"]
+    assert {"feedback", "image_mean", "further figures"} <= set(seconds)

@@ -11,7 +11,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from prefgen.commands.humans import add_humans_parser
 from prefgen.commands.mmd import add_mmd_parser
+from prefgen.commands.study import add_study_parser
 from prefgen.config import PRESETS
 from prefgen.config_keys import list_keys
 from prefgen.study.config import EvaluateConfig, load_evaluate_config
@@ -66,6 +68,8 @@ def _add_kinds(parser: argparse.ArgumentParser) -> list[str]:
     carrier = type(parser)(prog=parser.prog)
     nested = carrier.add_subparsers(dest="kind", parser_class=type(parser))
     add_mmd_parser(nested)
+    add_humans_parser(nested)
+    add_study_parser(nested)
     plain = parser.parse_known_args
 
     def parse(words: Sequence[str] | None = None, namespace: Any = None) -> Any:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
 from prefgen.evaluate.alignment import Estimate, bootstrap
-
-NUM_RESAMPLES = 2000
+from prefgen.evaluate.per_user import NUM_RESAMPLES, PerUserMetric
 
 
 def user_wins(own: NDArray[np.float64], against: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -63,41 +60,7 @@ def share_of(
     return Estimate(mean=mean, low=float(low), high=float(high), num_users=int(part.size))
 
 
-class _PerUser(Metric):
-    """One number a picture, averaged within its user, then over users, with a bootstrap interval."""
-
-    full_state_update = False
-    higher_is_better = True
-    values: list[Tensor]
-    users: list[Tensor]
-
-    def __init__(self, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> None:
-        super().__init__()
-        self.seed, self.num_resamples = seed, num_resamples
-        for name in ("values", "users"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def per_user(self) -> NDArray[np.float64]:
-        """(U,) means, in the order of the users' numbers."""
-        users = dim_zero_cat(self.users).cpu().numpy()
-        _, place = np.unique(users, return_inverse=True)
-        total = np.bincount(place, weights=dim_zero_cat(self.values).double().cpu().numpy())
-        means: NDArray[np.float64] = total / np.bincount(place)
-        return means
-
-    def estimate(self) -> Estimate:
-        """Mean and interval."""
-        return bootstrap(self.per_user(), seed=self.seed, draws=self.num_resamples)
-
-    def compute(self) -> dict[str, Tensor]:
-        """``mean``, ``low``, ``high`` as 0-dim tensors."""
-        found = self.estimate()
-        return {
-            name: torch.tensor(getattr(found, name), dtype=torch.float64) for name in ("mean", "low", "high")
-        }
-
-
-class WinRate(_PerUser):
+class WinRate(PerUserMetric):
     """:func:`win_rate` fed in batches."""
 
     def update(self, own: Tensor, against: Tensor, *, users: Tensor) -> None:
@@ -108,11 +71,18 @@ class WinRate(_PerUser):
             against: (B,) of the other.
             users: (B,) number of each picture's user.
         """
-        self.values.append((own > against).double() + 0.5 * (own == against).double())
-        self.users.append(users)
+        self.add((own > against).double() + 0.5 * (own == against).double(), users=users)
 
 
-class PromptFidelity(_PerUser):
+class UtilityMargin(PerUserMetric):
+    """By how much one condition's pictures please their user more than another's, e.g. own against other."""
+
+    def update(self, own: Tensor, against: Tensor, *, users: Tensor) -> None:
+        """Add pictures; arguments as for :meth:`WinRate.update`."""
+        self.add(own.double() - against.double(), users=users)
+
+
+class PromptFidelity(PerUserMetric):
     """How often a judge, choosing among the given subjects only, names the prompt's subject.
 
     Args:
@@ -144,5 +114,52 @@ class PromptFidelity(_PerUser):
         """Add pictures: the judge's (B,subjects) probabilities, and what each should show."""
         named = probabilities[:, self.columns].argmax(dim=1).tolist()
         hits = [self.among[column] == prompt for column, prompt in zip(named, prompts, strict=True)]
-        self.values.append(torch.tensor(hits, dtype=torch.float64))
-        self.users.append(users)
+        self.add(torch.tensor(hits, dtype=torch.float64), users=users)
+
+
+class AttributeHits(PerUserMetric):
+    """How often a picture shows what its user wants, group by group of attributes.
+
+    A picture counts the groups in which its user wants a judged value; a group is hit where the judge's
+    likeliest value is a wanted one. Pictures of users who want nothing that is judged are passed over, so
+    :meth:`PerUserMetric.user_numbers` may hold fewer users than were given.
+
+    Args:
+        groups: attribute words by group, in the order of the judge's heads.
+        judged: words the judge reads reliably; others are neither wanted nor hits.
+        seed: of the resampling.
+        num_resamples: bootstrap draws.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Mapping[str, Sequence[str]],
+        judged: Collection[str],
+        seed: int = 0,
+        num_resamples: int = NUM_RESAMPLES,
+    ) -> None:
+        super().__init__(seed=seed, num_resamples=num_resamples)
+        self.groups = {name: tuple(words) for name, words in groups.items()}
+        self.judged = frozenset(judged)
+
+    def update(
+        self, probabilities: Mapping[str, Tensor], *, wanted: Sequence[Sequence[str]], users: Tensor
+    ) -> None:
+        """Add B pictures.
+
+        Args:
+            probabilities: group -> (B,values), e.g. ``Judgement.groups``.
+            wanted: the liked (or, to count mistakes, the disliked) attributes of each picture's user.
+            users: (B,) number of each picture's user.
+        """
+        named = {name: probabilities[name].argmax(dim=1).tolist() for name in self.groups}
+        kept, values = [], []
+        for row, words in enumerate(wanted):
+            known = self.judged & set(words)
+            asked = {name: own for name, own in self.groups.items() if known & set(own)}
+            if asked:
+                hits = [own[named[name][row]] in known for name, own in asked.items()]
+                values.append(sum(hits) / len(hits))
+                kept.append(row)
+        self.add(torch.tensor(values, dtype=torch.float64), users=users[kept])

@@ -20,11 +20,17 @@ from prefgen.evaluate.page import (
     table,
     text,
 )
+from prefgen.evaluate.report_extra import extra_section
 from prefgen.evaluate.report_stages import align_section, judge_section, probe_section, training_section
 
 Metrics = Mapping[str, Any]
 
-LABELS = {"image_only": "image only"}
+LABELS = {
+    "image_only": "image only",
+    "words_mllm": "words of the MLLM",
+    "image_mean": "mean of liked images",
+    "image_minus": "liked minus disliked images",
+}
 HEADLINES = {
     "own_vs_base": "own profile preferred to no profile",
     "own_vs_other": "own profile preferred to another user's",
@@ -39,6 +45,11 @@ PAIR_MEANINGS = {
     "other_vs_base": "what any profile does, whoever it belongs to",
     "image_only_vs_base": "what one liked image does",
     "words_vs_base": "what true words do: can the base model be steered at all",
+    "own_vs_words_mllm": "against the language model's own words for the taste, in the prompt",
+    "own_vs_image_mean": "against image only's adapter on the mean of all liked references",
+    "own_vs_image_minus": "the same, disliked references taken off",
+    "own_vs_feedback": "against references in the base model's self-attention, nothing trained",
+    "own_vs_inversion": "against words learned for each user",
 }
 
 
@@ -110,6 +121,7 @@ def write_report(
         probe_section(metrics["probe"], heat_maps=heat_maps),
         align_section(metrics["align"]),
         _copying(metrics),
+        extra_section(metrics["extra"], label=label) if "extra" in metrics else "",
         judge_section(metrics["judge"]),
         training_section(metrics),
     ]

@@ -105,6 +105,61 @@ class EvaluateSection:
             )
 
 
+EXTRA_CONDITIONS = ("words_mllm", "image_mean", "image_minus", "feedback", "inversion")
+
+
+@dataclass
+class EvaluateExtraSection:
+    """More than the plain report: everything here is off unless asked for."""
+
+    conditions: tuple[str, ...] = ()
+    """Rivals to draw as well, e.g. [feedback]: words_mllm, image_mean, image_minus, feedback, inversion."""
+    figures: bool = False
+    """Also margins with paired tests, attribute hits, CLIP-T, CLIP-I, FID, KID, CMMD, diversity, Elo and
+    structure; writes users.json with every user's numbers."""
+    save_pictures: bool = False
+    """Write all pictures as PNG files into OUT/pictures, for 'prefgen evaluate humans' and galleries."""
+    scorers: tuple[str, ...] = ()
+    """Published scorers as [name:folder of weights]: dino, lpips, pickscore, hpsv2, imagereward."""
+    dislike_weight: float = 0.5
+    """image_minus: how much of the mean disliked embedding is taken off the mean liked one."""
+    feedback_references: int = 4
+    """feedback: at most so many references of either side."""
+    feedback_weight: float = 0.8
+    """feedback: weight of a reference's pixels beside the picture's own."""
+    feedback_until: float = 0.6
+    """feedback: share of the noise schedule, from the noisy end, in which references are looked at."""
+    inversion_vectors: int = 4
+    """inversion: learned token embeddings of each user."""
+    inversion_steps: int = 200
+    """inversion: steps of Adam for each user, one liked reference a step."""
+    inversion_learning_rate: float = 5e-3
+    """inversion: learning rate."""
+    num_set_resamples: int = 100
+    """Bootstrap resamplings behind the intervals of FID, KID and CMMD; 0 leaves the three out."""
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if given(*self.conditions):
+            unknown = [name for name in self.conditions if name not in EXTRA_CONDITIONS]
+            names = ", ".join(EXTRA_CONDITIONS)
+            require(not unknown, f"extra.conditions: {unknown[:1]} is not one of {names}")
+        for name in ("feedback_references", "inversion_vectors", "inversion_steps"):
+            at_least(f"extra.{name}", getattr(self, name), minimum=1)
+        at_least("extra.num_set_resamples", self.num_set_resamples, minimum=0)
+        at_least("extra.dislike_weight", self.dislike_weight, minimum=0)
+        at_least("extra.inversion_learning_rate", self.inversion_learning_rate, minimum=1e-8)
+        if given(self.feedback_weight, self.feedback_until):
+            require(self.feedback_weight > 0, f"extra.feedback_weight={self.feedback_weight} must be above 0")
+            require(
+                0 < self.feedback_until <= 1,
+                f"extra.feedback_until={self.feedback_until} must be above 0 and at most 1",
+            )
+        for word in self.scorers if given(*self.scorers) else ():
+            name, colon, folder = word.partition(":")
+            require(bool(name and colon and folder), f"extra.scorers: expected name:folder, got {word!r}")
+
+
 @dataclass
 class EvaluateConfig:
     """Configuration of ``prefgen evaluate``."""
@@ -120,9 +175,16 @@ class EvaluateConfig:
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     model: EvaluateModelConfig = field(default_factory=EvaluateModelConfig)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    extra: EvaluateExtraSection = field(default_factory=EvaluateExtraSection)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges, and that what is asked for has its adapter."""
+        fed = [name for name in self.extra.conditions if name in ("image_mean", "image_minus")]
+        if fed and given(self.model.inject_image_only):
+            require(
+                bool(self.model.inject_image_only),
+                f"extra.conditions={fed[0]} needs model.inject_image_only, which is empty",
+            )
         at_least("num_threads", self.num_threads, minimum=1)
         at_least("seed", self.seed, minimum=0)
 

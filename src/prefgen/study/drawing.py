@@ -237,10 +237,14 @@ def _worded(
         user.history.liked_attributes[int(i)] for i in rng.permutation(len(user.history.liked_attributes))
     ]
     chosen = list({group_of.get(word, word): word for word in liked}.values())
-    prompt = user.prompts[number]
-    for count in range(len(chosen), 0, -1):
-        text = ", ".join([prompt, *chosen[:count]])
-        ids = studio.bundle.tokenizer(text)["input_ids"]
-        if len(ids) <= int(studio.bundle.tokenizer.model_max_length):
+    return fitted_prompt(user.prompts[number], words=chosen, bundle=studio.bundle)
+
+
+def fitted_prompt(prompt: str, *, words: Sequence[str], bundle: DiffusionBundle) -> str:
+    """The prompt and as many of the words, from the first on, as its text encoder takes."""
+    for count in range(len(words), 0, -1):
+        text = ", ".join([prompt, *words[:count]])
+        ids = bundle.tokenizer(text)["input_ids"]
+        if len(ids) <= int(bundle.tokenizer.model_max_length):
             return text
     return prompt

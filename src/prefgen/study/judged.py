@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefgen.evaluate.alignment import bootstrap
 from prefgen.evaluate.copying import Distance, nearest_distances, nearest_to_each_other
-from prefgen.evaluate.judges import Judge, utility
+from prefgen.evaluate.judges import Judge, Judgement, utility
 from prefgen.evaluate.judging import judged_attributes, read_attributes, subject_accuracy
 from prefgen.evaluate.preference import PromptFidelity, share_of, win_rate
 from prefgen.study.drawing import Studio
@@ -110,10 +110,12 @@ class Judged:
     Attributes:
         utilities: condition -> (U,P) liked minus disliked probability over the judged attributes.
         fidelity: condition -> (U,) share of pictures whose prompt's subject the judge names.
+        judgements: condition -> the judge's probabilities for the U x P pictures.
     """
 
     utilities: dict[str, Table]
     fidelity: dict[str, Table]
+    judgements: dict[str, Judgement]
 
 
 def judge_pictures(
@@ -129,9 +131,9 @@ def judge_pictures(
     liked = [user.history.liked_attributes for user in users for _ in user.prompts]
     disliked = [user.history.disliked_attributes for user in users for _ in user.prompts]
     numbers = torch.arange(len(users)).repeat_interleave(num_prompts)
-    utilities, fidelity = {}, {}
+    utilities, fidelity, judgements = {}, {}, {}
     for name, pictures in drawn.items():
-        judgement = judge.judge(pictures.flatten(0, 1))
+        judgement = judgements[name] = judge.judge(pictures.flatten(0, 1))
         values = utility(
             judgement, groups=judge.groups, liked=liked, disliked=disliked, judged=frozenset(judged)
         )
@@ -142,13 +144,15 @@ def judge_pictures(
         metric = PromptFidelity(subjects=judge.subjects, among=pool)
         metric.update(judgement.subjects, prompts=prompts, users=numbers)
         fidelity[name] = metric.per_user()
-    return Judged(utilities=utilities, fidelity=fidelity)
+    return Judged(utilities=utilities, fidelity=fidelity, judgements=judgements)
 
 
-def preference_figures(judged: Judged, *, intervals: Intervals) -> dict[str, Any]:
+def preference_figures(
+    judged: Judged, *, intervals: Intervals, more_pairs: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
     """``own_vs_base`` and the other pairs, ``utility`` and ``prompt_fidelity`` of each condition."""
     figures: dict[str, Any] = {}
-    for first, second in PAIRS:
+    for first, second in (*PAIRS, *more_pairs):
         if first in judged.utilities and second in judged.utilities:
             found = win_rate(
                 judged.utilities[first],

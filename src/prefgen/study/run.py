@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefgen.config import resolve_path
-from prefgen.data.embeddings import EmbeddingReader
 from prefgen.errors import ConfigError
 from prefgen.evaluate.judges import Judge
 from prefgen.evaluate.report import ShownUser, write_report
-from prefgen.models.user_adapter import UserAdapter
 from prefgen.study.asking import ask
-from prefgen.study.config import EvaluateConfig
-from prefgen.study.drawing import MEANINGS, DrawSettings, Studio, draw_all
+from prefgen.study.conditions import draw_conditions, draw_extra, meanings, open_adapters, open_studio
+from prefgen.study.config import EvaluateConfig, EvaluateExtraSection
+from prefgen.study.further import ExtraWork
 from prefgen.study.judged import (
     Intervals,
     copying_figures,
@@ -38,7 +37,6 @@ from prefgen.study.users import StudyUser, load_users, prompt_pool
 logger = logging.getLogger(__name__)
 
 METRICS_VERSION = 1
-ADAPTER = "user_adapter.safetensors"
 DIGITS = 6
 """Decimals in metrics.json: more than any interval is wide, fewer than a library's last bits."""
 
@@ -89,18 +87,21 @@ def run_study(config: EvaluateConfig) -> StudyResult:
     metrics |= _stage_figures(config)
     with clock.part("questions"):
         metrics |= _questions(config, judge=judge)
-    pictures, shown = _pictures(config, judge=judge, clock=clock)
+    pictures, shown, tables = _pictures(config, judge=judge, clock=clock)
     metrics |= pictures
-    metrics["missing"] = _missing(metrics, config=config)
+    metrics["missing"] = [*_missing(metrics, config=config), *metrics.get("extra", {}).get("missing", ())]
     metrics = _rounded(metrics)
     places = {name: out / file for name, file in FILES.items()}
+    if tables:
+        places["users"] = out / USERS_FILE
+        _write(places["users"], _rounded(tables))
     _write(places["metrics"], metrics)
     _write(places["timing"], {"seconds": clock.seconds, "threads": torch.get_num_threads()})
     write_report(
         places["report"],
         metrics=metrics,
         shown=shown,
-        conditions=MEANINGS,
+        conditions=meanings(config),
         heat_maps=_heat_maps(config),
         attribution=config.evaluate.attribution,
     )
@@ -108,6 +109,7 @@ def run_study(config: EvaluateConfig) -> StudyResult:
 
 
 ORDINALS = {1: "", 2: "second ", 3: "third "}
+USERS_FILE = "users.json"
 FILES = {"report": "report.html", "metrics": "metrics.json", "timing": "timing.json"}
 
 
@@ -157,9 +159,9 @@ def _questions(config: EvaluateConfig, *, judge: Judge) -> dict[str, Any]:
 
 def _pictures(
     config: EvaluateConfig, *, judge: Judge, clock: _Clock
-) -> tuple[dict[str, Any], list[ShownUser]]:
+) -> tuple[dict[str, Any], list[ShownUser], dict[str, Any]]:
     settings, seed = config.evaluate, config.seed
-    studio = _studio(config)
+    studio = open_studio(config)
     shards = resolve_path(config.data.shards)
     pool = prompt_pool(shards, known=judge.subjects)
     users = load_users(
@@ -186,11 +188,16 @@ def _pictures(
             batch_size=settings.batch_size,
             progress=bar.update,
         )
+    adapters = open_adapters(config, studio=studio)
     with clock.part("drawing"):
-        drawn = _draw(config, studio=studio, users=users, judge=judge)
+        drawn = draw_conditions(config, studio=studio, users=users, judge=judge, adapters=adapters)
+    rivals = draw_extra(config, studio=studio, users=users, adapters=adapters, timed=clock.part)
+    drawn = {name: drawn[name] if name in drawn else rivals.drawn[name] for name in meanings(config)
+             if name in drawn or name in rivals.drawn}  # fmt: skip
+    more_pairs = [pair for name in rivals.drawn for pair in (("own", name), (name, "base"))]
     with clock.part("judging"):
         judged = judge_pictures(judge, users=users, drawn=drawn, pool=pool, judged=about_judge["judged"])
-        figures = preference_figures(judged, intervals=intervals)
+        figures = preference_figures(judged, intervals=intervals, more_pairs=more_pairs)
         figures["copying"] = copying_figures(drawn, users=users, studio=studio, intervals=intervals)
     worst = worst_users(judged, count=settings.num_worst_users)
     figures |= {
@@ -206,50 +213,14 @@ def _pictures(
         titles[i] += f", gained {ORDINALS.get(rank, f'{rank}th ')}least"
     margins = (judged.utilities["own"] - judged.utilities["base"]).mean(axis=1)
     chosen = [*first, *(i for i in worst if i not in first)]
-    return figures, [
+    shown = [
         _shown(users[i], title=titles[i], margin=float(margins[i]), drawn=drawn, row=i, worst=i in worst)
         for i in chosen
     ]
-
-
-def _studio(config: EvaluateConfig) -> Studio:
-    model = config.model
-    pipeline = resolve_path(model.pipeline)
-    local = model.pipeline.startswith("asset:") or pipeline.exists()
-    return Studio(
-        pipeline=str(pipeline) if local else model.pipeline,
-        projector=resolve_path(model.align) / "projector.safetensors",
-        header=EmbeddingReader(resolve_path(config.data.embeddings), split="test").header,
-        unet_dtype=torch.bfloat16 if model.precision == "bfloat16" else torch.float32,
-        memory_format=model.memory_format,
-    )
-
-
-def _draw(
-    config: EvaluateConfig, *, studio: Studio, users: Sequence[StudyUser], judge: Judge
-) -> dict[str, Tensor]:
-    settings, model = config.evaluate, config.model
-    adapters: dict[str, UserAdapter] = {"own": studio.load_adapter(resolve_path(model.inject) / ADAPTER)}
-    if model.inject_image_only:
-        adapters["image_only"] = studio.load_adapter(resolve_path(model.inject_image_only) / ADAPTER)
-    worded = all(user.history.liked_attributes for user in users)
-    conditions = 3 + ("image_only" in adapters) + worded
-    total = conditions * len(users) * settings.num_prompts
-    with tqdm(total=total, unit="image", desc="drawing") as bar:
-        return draw_all(
-            studio,
-            users,
-            adapters=adapters,
-            groups=judge.groups,
-            settings=DrawSettings(
-                num_steps=settings.num_steps,
-                guidance_scale=settings.guidance_scale,
-                user_scale=settings.user_scale,
-                batch_size=settings.batch_size,
-            ),
-            seed=config.seed,
-            progress=bar.update,
-        )
+    work = ExtraWork(config=config, judge=judge, studio=studio, users=users, drawn=drawn, judged=judged)
+    with clock.part("further figures") if config.extra != EvaluateExtraSection() else nullcontext():
+        found, tables = work.run(words=about_judge["judged"], facts=rivals.facts, margins=margins)
+    return figures | found, shown, tables
 
 
 def _shown(
