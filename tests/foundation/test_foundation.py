@@ -40,7 +40,7 @@ SHORT = LoopPlan(steps=2, batch_size=4, learning_rate=1e-3, every=2, warmup=1)
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     out = tmp_path_factory.mktemp("drawings")
-    counts = {"train": 24, "heldout": 12, "judge": 12}
+    counts = {"train": 24, "studies": 8, "heldout": 12, "judge": 12}
     write_drawings(out / "shards", counts=counts, image_size=32, num_workers=1)
     return out / "shards"
 

@@ -52,6 +52,7 @@ def _add_drawings(actions: Any) -> None:
     parser = actions.add_parser("drawings", help=text, description=text.capitalize() + ".")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--train", type=int, default=90_000, help="drawings to learn from (90000)")
+    parser.add_argument("--studies", type=int, default=30_000, help="plain ones, to learn shapes by (30000)")
     parser.add_argument("--heldout", type=int, default=4_000, help="unseen drawings, for gates (4000)")
     parser.add_argument("--judge", type=int, default=60_000, help="drawings for the judge alone (60000)")
     parser.add_argument("--image-size", type=int, default=64, help="side of a drawing in pixels (64)")
@@ -129,7 +130,12 @@ def run_drawings(args: argparse.Namespace) -> int:
     """``prefgen data drawings``."""
     from prefgen.data.agents.render import DrawingSplit, write_drawings
 
-    counts: dict[DrawingSplit, int] = {"train": args.train, "heldout": args.heldout, "judge": args.judge}
+    counts: dict[DrawingSplit, int] = {
+        "train": args.train,
+        "studies": args.studies,
+        "heldout": args.heldout,
+        "judge": args.judge,
+    }
     paths = write_drawings(
         args.out, counts=counts, seed=args.seed, image_size=args.image_size, num_workers=args.workers
     )

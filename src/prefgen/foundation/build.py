@@ -23,7 +23,8 @@ def build_part(
 
     Args:
         part: one of :data:`PARTS`; ``unet`` and ``judge`` need ``vae``, ``unet`` needs ``clip``.
-        shards: captioned shards (``train-*``, ``heldout-*``, and ``judge-*`` for the judge).
+        shards: captioned shards (``train-*``, ``heldout-*``, ``studies-*`` for the UNet, ``judge-*`` for the
+            judge).
         work: checkpoints and caches, one folder a part.
         out: receives ``pipeline/``, ``mllm/``, ``judge.safetensors`` and ``cards/``.
         seed: of weights, batches and noise.
@@ -42,7 +43,7 @@ def build_part(
     for needed in {"unet": ("vae", "text_encoder"), "judge": ("vae",)}.get(part, ()):
         if not (out / "pipeline" / needed).is_dir():
             raise DataError(f"{part} needs {out / 'pipeline' / needed}; train the parts before it first")
-    figures = _train(part, data, heldout, work=work / part, out=out, seed=seed, steps=steps)
+    figures = _train(part, data, heldout, shards=shards, work=work / part, out=out, seed=seed, steps=steps)
     card = {
         "part": part,
         "pictures": len(data),
@@ -61,6 +62,7 @@ def _train(
     data: CaptionedImages,
     heldout: CaptionedImages,
     *,
+    shards: Path,
     work: Path,
     out: Path,
     seed: int,
@@ -82,7 +84,8 @@ def _train(
     if part == "unet":
         from prefgen.foundation import unet
 
-        return unet.train_unet(data, parts=pipeline, work=work, plan=_plan(unet.PLAN, seed, steps))
+        studies = load_captioned(shards, split="studies", cache=work.parent / "cache")
+        return unet.train_unet(data, studies, parts=pipeline, work=work, plan=_plan(unet.PLAN, seed, steps))
     if part == "mllm":
         from prefgen.foundation import mllm
 

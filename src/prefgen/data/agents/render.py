@@ -39,7 +39,14 @@ from prefgen.schema import RatedImage, Side, Split, UserHistory
 
 HISTORY_FILE = "history.jsonl"
 
-DrawingSplit = Literal["train", "heldout", "judge"]
+DrawingSplit = Literal["train", "studies", "heldout", "judge"]
+
+PLAINEST = {
+    "background": ("plain white", "plain black", "grid paper", "stripes"),
+    "composition": ("centered", "close-up", "wide", "tall", "tilted"),
+    "finish": ("clean edges", "soft focus", "round crop", "vignette"),
+}
+"""The values that hide and deform a subject least, plainest first; studies take the first they may."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -197,17 +204,20 @@ def drawing(index: int, *, split: DrawingSplit, seed: int, image_size: int) -> D
 
     Args:
         index: number of the drawing.
-        split: ``train`` shows test concepts under half of the values of each group; ``heldout`` (for gates)
-            and ``judge`` (for the judge alone) come from streams of their own and show all values.
+        split: ``train`` shows test concepts under half of the values of each group; ``studies`` shows all
+            concepts as plainly as these values allow, in any palette and rendering, for a base model to learn
+            what the subjects look like; ``heldout`` (for gates) and ``judge`` (for the judge alone) come from
+            streams of their own and show all values.
         seed: of the whole set.
         image_size: side in pixels.
     """
     rng = generator_for(seed, "drawing" if split == "train" else split, index)
     concept = concepts()[int(rng.integers(len(concepts())))]
     allowed = seen_values(concept, seed=seed)
-    values = np.array(
-        [rng.choice(choice) if split == "train" else rng.integers(NUM_VALUES) for choice in allowed]
-    )
+    limited = split in ("train", "studies")
+    values = np.array([rng.choice(choice) if limited else rng.integers(NUM_VALUES) for choice in allowed])
+    if split == "studies":
+        _make_plain(values, allowed=allowed)
     return Drawing(
         key=f"{index:07d}",
         phrase=concept.phrase,
@@ -215,6 +225,15 @@ def drawing(index: int, *, split: DrawingSplit, seed: int, image_size: int) -> D
         attributes=attribute_names(values),
         image=encode_webp(concept, values, size=image_size, rng=rng),
     )
+
+
+def _make_plain(values: npt.NDArray[np.int64], *, allowed: list[npt.NDArray[np.int64]]) -> None:
+    """Replace background, composition and finish by the plainest value allowed, where there is one."""
+    for place, (group, words) in enumerate(ATTRIBUTE_GROUPS.items()):
+        for name in PLAINEST.get(group, ()):
+            if (value := words.index(name)) in allowed[place]:
+                values[place] = value
+                break
 
 
 def write_drawings(
