@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ class DiffusionBundle:
         tokenizer_2: its tokenizer, or None.
         schedule: the noise schedule in plain numbers.
         zero_empty_text: whether no prompt means zeros instead of the encoded empty text (SDXL's base).
+        size: (height, width) in pixels to work at instead of the pipeline's own; multiples of ``vae_factor``.
     """
 
     unet: Any
@@ -98,6 +100,7 @@ class DiffusionBundle:
     tokenizer_2: Any
     schedule: NoiseSchedule
     zero_empty_text: bool = False
+    size: tuple[int, int] | None = None
 
     @staticmethod
     def load(
@@ -108,6 +111,7 @@ class DiffusionBundle:
         vae_dtype: torch.dtype | None = None,
         image_encoder: str | None = None,
         memory_format: MemoryFormat = "contiguous",
+        size: tuple[int, int] | None = None,
     ) -> DiffusionBundle:
         """Read a pipeline folder, or a hub id, in diffusers format.
 
@@ -119,9 +123,11 @@ class DiffusionBundle:
             image_encoder: folder of a CLIP image encoder, for pipelines that ship none.
             memory_format: layout of the convolutions; channels_last suits bfloat16 on CPUs and new GPUs, but
                 may differ from a stock pipeline in the last bits.
+            size: (height, width) in pixels to work at; None takes the pipeline's own.
 
         Raises:
-            DataError: no pipeline there, or one without UNet, VAE or text encoder.
+            DataError: no pipeline there, one without UNet, VAE or text encoder, pickled weights only, or a
+                size that the VAE cannot divide.
         """
         parts = _load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
         if image_encoder is not None:
@@ -137,9 +143,15 @@ class DiffusionBundle:
         if memory_format == "channels_last":
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
-        return DiffusionBundle(
-            schedule=NoiseSchedule.of(kept["scheduler"]), zero_empty_text=parts["zero_empty_text"], **kept
+        bundle = DiffusionBundle(
+            schedule=NoiseSchedule.of(kept["scheduler"]),
+            zero_empty_text=parts["zero_empty_text"],
+            size=size,
+            **kept,
         )
+        if size is not None and any(side < 1 or side % bundle.size_step for side in size):
+            raise DataError(f"image size {size}: this pipeline takes multiples of {bundle.size_step} pixels")
+        return bundle
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +170,10 @@ class DiffusionBundle:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C,h,w) of the latents of one image at the pipeline's own size."""
+        """(C,h,w) of the latents of one image at ``size``, or at the pipeline's own."""
+        if self.size is not None:
+            factor = self.vae_factor
+            return int(self.unet.config.in_channels), self.size[0] // factor, self.size[1] // factor
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config.in_channels), int(height), int(width)
@@ -167,6 +182,11 @@ class DiffusionBundle:
     def vae_factor(self) -> int:
         """Pixels per latent, on a side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size_step(self) -> int:
+        """Pixels of which every side is a multiple: what VAE and UNet halve without remainder."""
+        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -308,7 +328,11 @@ def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
             from diffusers.utils import is_accelerate_available
 
             pipeline = DiffusionPipeline.from_pretrained(
-                path, dtype=dtypes, low_cpu_mem_usage=is_accelerate_available()
+                path,
+                dtype=dtypes,
+                low_cpu_mem_usage=is_accelerate_available(),
+                use_safetensors=True,  # the other format is pickled
+                **_folder_options(Path(path)),
             )
     except (OSError, ValueError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -316,6 +340,21 @@ def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     parts = dict(pipeline.components)
     parts["zero_empty_text"] = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
     return parts
+
+
+def _folder_options(path: Path) -> dict[str, Any]:
+    """What has to be said of a folder: published ones carry parts we do not use, or half-precision files."""
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a hub id, or no pipeline: from_pretrained will say so
+    options: dict[str, Any] = {}
+    if (index.get("safety_checker") or [None])[0] is not None:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    weights = [file.name for file in (path / "unet").glob("*.safetensors")]
+    if weights and all(".fp16" in name for name in weights):
+        options["variant"] = "fp16"
+    return options
 
 
 @contextlib.contextmanager
