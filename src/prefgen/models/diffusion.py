@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from prefgen.errors import DataError
 from prefgen.models.image_encoder import ImageEncoder
-from prefgen.models.loading import quiet_loading
 from prefgen.models.noise import NoiseSchedule
+from prefgen.models.pipeline_folder import load_parts
 from prefgen.models.pixels import to_pil
 from prefgen.models.text import draw_list
 
@@ -129,7 +127,7 @@ class DiffusionBundle:
             DataError: no pipeline there, one without UNet, VAE or text encoder, pickled weights only, or a
                 size that the VAE cannot divide.
         """
-        parts = _load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
+        parts = load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
         if image_encoder is not None:
             own = ImageEncoder.load(Path(image_encoder), dtype=dtype)
             parts["image_encoder"], parts["feature_extractor"] = own.model, own.feature_extractor
@@ -318,52 +316,3 @@ def fit_words(words: Sequence[str], *, tokenizer: Any, rng: np.random.Generator)
         return len(tokenizer(text)["input_ids"])
 
     return draw_list(words, rng=rng, num_tokens=num_tokens, max_tokens=int(tokenizer.model_max_length))
-
-
-def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    try:
-        with _quiet():
-            # Imported here: it takes seconds, and hints at torchvision unless quiet.
-            from diffusers import DiffusionPipeline
-            from diffusers.utils import is_accelerate_available
-
-            pipeline = DiffusionPipeline.from_pretrained(
-                path,
-                dtype=dtypes,
-                low_cpu_mem_usage=is_accelerate_available(),
-                use_safetensors=True,  # the other format is pickled
-                **_folder_options(Path(path)),
-            )
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"no diffusers pipeline at {path}: {reason[:200]}") from None
-    parts = dict(pipeline.components)
-    parts["zero_empty_text"] = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
-    return parts
-
-
-def _folder_options(path: Path) -> dict[str, Any]:
-    """What has to be said of a folder: published ones carry parts we do not use, or half-precision files."""
-    try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a hub id, or no pipeline: from_pretrained will say so
-    options: dict[str, Any] = {}
-    if (index.get("safety_checker") or [None])[0] is not None:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    weights = [file.name for file in (path / "unet").glob("*.safetensors")]
-    if weights and all(".fp16" in name for name in weights):
-        options["variant"] = "fp16"
-    return options
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    import diffusers.utils.logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
-    try:
-        with quiet_loading():
-            yield
-    finally:
-        diffusers_logging.enable_progress_bar()

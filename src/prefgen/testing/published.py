@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
@@ -92,6 +92,20 @@ def meta_unet(model: Published) -> UNet2DConditionModel:
     """The UNet without memory: shapes and names only."""
     with torch.device("meta"):
         return UNet2DConditionModel(**model.unet).requires_grad_(False)
+
+
+def meta_parts(model: Published) -> dict[str, torch.nn.Module]:
+    """UNet, VAE and text encoders without memory, named as in a pipeline folder."""
+    with torch.device("meta"):
+        parts: dict[str, torch.nn.Module] = {
+            "unet": UNet2DConditionModel(**model.unet),
+            "vae": AutoencoderKL(**model.vae),
+        }
+        for number, text in enumerate(model.texts):
+            config = CLIPTextConfig(**text, vocab_size=49408, max_position_embeddings=77)
+            kind = CLIPTextModelWithProjection if number else CLIPTextModel
+            parts["text_encoder_2" if number else "text_encoder"] = kind(config)
+    return parts
 
 
 def random_unet(model: Published, *, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:

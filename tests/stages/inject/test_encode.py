@@ -166,7 +166,7 @@ def test_photographs_keep_their_shape_in_batches_of_one_size(make_config, photog
         encode_shards(make_config(*settings), out=tmp_path / "set", stored_as="float32")
         settings.append(f"data.encoded={tmp_path / 'set'}")
     config = make_config(
-        *settings, "inject.sample_every_n_steps=1", "trainer.max_steps=3", "data.max_eval_users=6"
+        *settings, "inject.sample_every_n_steps=1", "trainer.max_steps=6", "data.max_eval_users=6"
     )
     from prefgen.run import fit
     from prefgen.run_noise import quiet_lightning

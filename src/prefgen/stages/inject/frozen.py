@@ -21,7 +21,7 @@ from prefgen.stages.inject.users import EmbeddingFacts
 
 def load_bundle(config: InjectConfig, *, device: str | torch.device = "cpu") -> DiffusionBundle:
     """The frozen pipeline of a configuration."""
-    model = config.model
+    model, side = config.model, config.data.image_size
     return DiffusionBundle.load(
         str(resolve_path(model.pipeline)),
         device=device,
@@ -29,7 +29,7 @@ def load_bundle(config: InjectConfig, *, device: str | torch.device = "cpu") -> 
         vae_dtype=getattr(torch, model.vae_dtype),
         image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
         memory_format=model.memory_format,
-        size=None if config.data.image_size is None else (config.data.image_size,) * 2,
+        size=None if side is None else (side, side),
     )
 
 
