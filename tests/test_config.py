@@ -252,13 +252,3 @@ def test_every_shipped_configuration_loads(path):
 def test_every_key_of_a_stage_has_help(stage):
     assert [key.name for key in stage_keys(stage) if not key.help] == []
     assert issubclass(stage_config_type(stage), StageConfig)
-
-
-@pytest.mark.parametrize(
-    "path", sorted(configs_folder().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
-def test_every_shipped_file_of_a_stage_loads(path):
-    """What ``fit --dry-run`` prints; files of commands that are no stage are not tried."""
-    stage = next((name for name in STAGES if path.stem.startswith(name)), None)
-    if stage is not None:
-        assert load_config(stage, file=path).run_dir.startswith("work/")

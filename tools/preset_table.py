@@ -3,7 +3,7 @@
     python tools/preset_table.py
     python tools/preset_table.py --preset sdxl --sem-width 16384 --core-width 4096
 
-Networks are built on the meta device from the published configurations, so no weight is read. Memory is that of
+Networks are built on the meta device from published configurations, so no weight is read. Memory is that of
 weights, gradients, AdamW's two means and the moving average on one GPU, without activations: those depend on
 batch, image size and checkpointing. Widths of sem and core are the MLLM's, which these presets leave open.
 """

@@ -147,13 +147,10 @@ class _RowCount:
         bound = inspect.signature(pipe.__call__).bind(*args, **settings)
         bound.apply_defaults()
         values = bound.arguments
-        prompt, embeds = values.get("prompt"), values.get("prompt_embeds")
-        if isinstance(prompt, str):
-            prompts = 1
-        elif prompt is not None or embeds is not None:
-            prompts = len(prompt if prompt is not None else embeds)
-        else:
+        text = values.get("prompt") if values.get("prompt") is not None else values.get("prompt_embeds")
+        if text is None:
             raise DataError("the pipeline needs a prompt or prompt_embeds to know how many images to draw")
+        prompts = 1 if isinstance(text, str) else len(text)
         scale = float(values.get("guidance_scale") or 0.0)
         return _RowCount(
             prompts=prompts,

@@ -18,17 +18,17 @@ def make_buckets(*, size: Size, step: int, max_ratio: float) -> tuple[Size, ...]
         max_ratio: of the long side to the short one, at least 1.
 
     Returns:
-        Sizes in order of height by width, none with more pixels than ``size``, each as wide as its height
-        allows.
+        Sizes in order of height by width, none with more pixels than ``size``, its long side as long as its
+        short one allows, lying and standing alike.
     """
     if max_ratio == 1:
         return (size,)
     area = size[0] * size[1]
     found = {size}
-    for height in range(step, math.isqrt(int(area * max_ratio)) + 1, step):
-        width = area // height // step * step
-        if width and max(height, width) / min(height, width) <= max_ratio:
-            found.add((height, width))
+    for short in range(step, math.isqrt(area) + 1, step):
+        long = area // short // step * step
+        if long / short <= max_ratio:
+            found |= {(short, long), (long, short)}
     return tuple(sorted(found, key=lambda one: (one[0] / one[1], one)))
 
 

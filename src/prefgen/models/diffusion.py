@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,11 @@ class DiffusionBundle:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1] and not clamped, of latents (B,C,h,w) in the UNet's scale."""
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0])
+        # A VAE in float32 is one that overflows below (SDXL's): a trainer's autocast must not undo that.
+        asked = self.vae.dtype == torch.float32
+        keep = torch.autocast(self.device.type, enabled=False) if asked else contextlib.nullcontext()
+        with keep:
+            return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0])
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:

@@ -110,17 +110,7 @@ def read_adapter(path: Path) -> AdapterSource:
     Raises:
         CheckpointError: absent, pickled, torn, or of a form that has no Linear + LayerNorm over one vector.
     """
-    if path.suffix in _PICKLED:
-        raise CheckpointError(
-            f"{path} is pickled and could run code when read; pass the adapter's .safetensors file"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"no adapter at {path}; pass the .safetensors file of one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set((file.metadata() or {}).keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no adapter or torn: {str(error).splitlines()[0]}") from None
+    keys = _headers(path)
     if KIND.key in keys:
         header, state = KIND.read(path)
         with KIND.fitting(path):
@@ -132,6 +122,21 @@ def read_adapter(path: Path) -> AdapterSource:
                 lineage=header["lineage"],
             )
     return _read_export(path) if EXPORT.key in keys else _read_foreign(path)
+
+
+def _headers(path: Path) -> frozenset[str]:
+    """Names of a file's headers, which tell its kind."""
+    if path.suffix in _PICKLED:
+        raise CheckpointError(
+            f"{path} is pickled and could run code when read; pass the adapter's .safetensors file"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"no adapter at {path}; pass the .safetensors file of one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return frozenset(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no adapter or torn: {str(error).splitlines()[0]}") from None
 
 
 def _read_export(path: Path) -> AdapterSource:
@@ -195,9 +200,9 @@ def load_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
     Raises:
         CheckpointError: as :func:`read_adapter`, or it was made for another UNet.
     """
-    source = read_adapter(path)
-    if KIND.key in _metadata(path):
+    if KIND.key in _headers(path):
         return load_user_adapter(path, unet=unet)
+    source = read_adapter(path)
     with EXPORT.fitting(path):
         adapter = UserAdapter(unet, shape=source.shape)
         _check_unet(adapter, source=source)
@@ -206,19 +211,16 @@ def load_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
     return LoadedUserAdapter(adapter=adapter, lineage=source.lineage, projector=source.projector)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def _check_unet(adapter: UserAdapter, *, source: AdapterSource) -> None:
     own = adapter.attention.state_dict()
     needed = len(adapter.attention.names)
-    if source.num_layers != needed or source.layers not in ((), adapter.attention.names):
+    if source.num_layers != needed:
         raise CheckpointError(
             f"{source.path} has {source.num_layers} cross-attentions, this UNet has {needed}: it was made "
             "for another base model"
         )
+    if source.layers not in ((), adapter.attention.names):
+        raise CheckpointError(f"{source.path} was made for a UNet of other layers; use the pipeline it names")
     for name, value in own.items():
         given = source.state[f"attention.{name}"].shape
         if given != value.shape:

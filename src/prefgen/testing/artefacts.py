@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,8 +72,11 @@ def random_profile(folder: Path, *, seed: int) -> UserProfile:
     widths["sem"] = projector.shape.sem_width
     generator = torch.Generator().manual_seed(seed)
     made_by = {name: value for name, value in header["lineage"].items() if name in PROFILE_PARTS}
+    tensors: dict[str, Any] = {
+        name: torch.randn(widths[name.split("_")[0]], generator=generator) for name in TENSORS
+    }
     return UserProfile(
-        **{name: torch.randn(widths[name.split("_")[0]], generator=generator) for name in TENSORS},
+        **tensors,
         counts=ProfileCounts(liked=3, disliked=2, draws=8),
         lineage=made_by,
     )

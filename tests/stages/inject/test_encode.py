@@ -65,7 +65,7 @@ def test_training_reads_no_picture(make_config, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "decode_image", lambda *_, **__: pytest.fail("a picture was decoded"))
     config = make_config(
         f"data.encoded={encoded / 'float16'}",
-        "trainer.max_steps=2",
+        "trainer.max_steps=3",
         "inject.sample_every_n_steps=1",
         "data.max_eval_users=4",
     )

@@ -264,7 +264,7 @@ def test_sdxl_trains_through_the_same_bundle(make_config, tmp_path):
         f"model.pipeline={save_tiny_sdxl(tmp_path / 'xl')}",
         "model.frozen_dtype=bfloat16",
         "trainer.precision=bf16-mixed",
-        "trainer.max_steps=2",
+        "trainer.max_steps=3",
         "data.image_size=24",
         "data.max_eval_users=4",
         "inject.sample_every_n_steps=1",
