@@ -93,7 +93,17 @@ ALLOWED = {
         "model_card",
         "exporting",
     },
-    "pipeline": {*BASIC, *PACKAGES, "profile", "ranking", "taste", "artefacts", "painter", "pipeline"},
+    "pipeline": {
+        *BASIC,
+        *PACKAGES,
+        "profile",
+        "ranking",
+        "taste",
+        "artefacts",
+        "painter",
+        "stock",
+        "pipeline",
+    },
 }
 
 LIBRARY = {

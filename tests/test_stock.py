@@ -136,7 +136,7 @@ def test_each_kind_of_pipeline_draws_what_the_exported_adapter_draws(
 
 
 def test_it_draws_what_our_own_loop_draws(folder, artefacts, profiles):
-    stock = StockPipeline.wrap(load(folder), artefacts=artefacts)
+    stock = PrefGenPipeline(artefacts, dtype=torch.float32, device="cpu").wrap(load(folder))
     schedule = UserSchedule(shape="late")
     for more in ({}, {"negative_user_scale": 0.5}, {"schedule": schedule, "block_scales": {"down": 0.5}}):
         theirs = stock(

@@ -16,6 +16,7 @@ from prefgen.errors import ConfigError
 from prefgen.lineage import hash_file
 from prefgen.model_card import write_card
 from prefgen.models.ip_adapter import export_ip_adapter, read_adapter
+from prefgen.models.text_lora import TEXT_LORA_FILE
 from prefgen.models.user_adapter import KIND
 from prefgen.painter import require_projector
 from prefgen.profile import UserProfile
@@ -80,6 +81,9 @@ def export_for_diffusers(
     out.mkdir(parents=True, exist_ok=True)
     adapter = out / ADAPTER_FILE
     export_ip_adapter(artefacts.user_adapter, path=adapter, projector=projector, dtype=dtype)
+    lora = artefacts.user_adapter.with_name(TEXT_LORA_FILE)
+    if lora.is_file():
+        shutil.copyfile(lora, out / TEXT_LORA_FILE)
     script = out / SCRIPT_FILE
     shutil.copyfile(standalone.__file__, script)
     embeds = tuple(
@@ -89,7 +93,8 @@ def export_for_diffusers(
     source = read_adapter(adapter)
     statistics = ("fusion.mean", "fusion.scale")
     num_parameters = sum(t.numel() for name, t in source.state.items() if name not in statistics)
-    files = {path.name: hash_file(path) for path in (adapter, *embeds)}
+    written = [path for path in (adapter, out / TEXT_LORA_FILE, *embeds) if path.is_file()]
+    files = {path.name: hash_file(path) for path in written}
     write_card(
         out / CARD_FILE, artefacts=artefacts, header=header, num_parameters=num_parameters, files=files
     )

@@ -53,7 +53,8 @@ image = pipe("a red fox", ip_adapter_image_embeds=[embeds]).images[0]
 
 The first row of the embeds is the user of whom nothing is known, for classifier-free guidance; without
 guidance pass `embeds[1:]`. A stock pipeline draws one user a call. `ip_adapter_image` does not work: the
-adapter reads a profile, not a picture.
+adapter reads a profile, not a picture. A `text_lora.safetensors` in this folder was trained along:
+load it too, with `pipe.load_lora_weights`.
 """
 
 _LIMITS = """\

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from prefgen.models.user_schedule import CONSTANT, UserSchedule, check_negative_
 from prefgen.painter import Painter
 from prefgen.profile import UserProfile
 from prefgen.ranking import Scores, scores_by_mllm, scores_by_vectors
+from prefgen.stock import StockPipeline
 from prefgen.taste import TasteModels
 
 BATCH_SIZE = 4
@@ -187,6 +188,10 @@ class PrefGenPipeline:
         dislikes = _as_list(self.readout.read(profile.sem_negative)) if profile.counts.disliked else None
         likes = _as_list(self.readout.read(profile.sem_embeds))
         return Explanation(likes=likes, dislikes=dislikes, source="readout")
+
+    def wrap(self, pipe: Any) -> StockPipeline:
+        """A stock diffusers pipeline that draws for users; see :class:`prefgen.stock.StockPipeline`."""
+        return StockPipeline.wrap(pipe, artefacts=self.artefacts)
 
     @torch.no_grad()
     def ip_adapter_image_embeds(self, profile: UserProfile, *, guided: bool = True) -> list[torch.Tensor]:

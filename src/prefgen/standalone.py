@@ -93,6 +93,9 @@ def main() -> None:
         image_encoder_folder=None,
     )
     pipe.set_ip_adapter_scale(args.user_scale)
+    lora = args.adapter.with_name("text_lora.safetensors")
+    if lora.is_file() and args.user_scale:  # trained along, in force where users are
+        pipe.load_lora_weights(str(lora.resolve().parent), weight_name=lora.name)
     embeds = image_embeds(args.adapter, profile=args.profile).to(args.device, pipe.unet.dtype)
     image = pipe(
         args.prompt,

@@ -78,7 +78,7 @@ class InjectModelConfig:
     """Compute activations twice instead of storing them."""
     text_lora_rank: int = 0
     """Rank of a LoRA on the text cross-attention, trained along and in force only where users are; 0 trains
-    none. Needs files of its own beside the adapter, and an exported adapter goes without it."""
+    none. Written beside the adapter."""
 
     def __post_init__(self) -> None:
         """Check the parts."""
