@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,11 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from prefgen.artefacts import Artefacts
 from prefgen.cli import main
+from prefgen.exporting import export_for_diffusers
+from prefgen.models.diffusion import DiffusionBundle
+from prefgen.models.text_lora import add_text_lora, save_text_lora
 from prefgen.pipeline import PrefGenPipeline
 from prefgen.profile import UserProfile
 from prefgen.testing.artefacts import random_profile, save_tiny_artefacts
 from prefgen.testing.data import make_shards
+
+HOW = {"user_scale": 0.9, "seed": 5, "num_steps": 4, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +55,26 @@ def exported(folder, profile, tmp_path_factory):
     return out
 
 
-def test_the_script_draws_our_picture_without_prefgen(folder, profile, exported, tmp_path, monkeypatch):
-    pipeline = PrefGenPipeline.load(folder, pipeline=folder / "pipeline", mllm=str(folder / "mllm"))
-    mine = UserProfile.load(profile)
-    how = {"user_scale": 0.9, "seed": 5, "num_steps": 4, "guidance_scale": 3.0}
-    ours = pipeline.generate("a red fox", profile=mine, **how)[0]
-    base = pipeline.generate("a red fox", profile=mine, **{**how, "user_scale": 0.0})[0]
-    text = (exported / "draw.py").read_text(encoding="utf-8")
-    assert not [line for line in text.splitlines() if "import" in line.split()[:1] and "prefgen" in line]
+def run_script(exported, *, folder, profile, out, patch):
+    """What ``draw.py`` draws with the settings of ``HOW``."""
     spec = importlib.util.spec_from_file_location("draw", exported / "draw.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    out = tmp_path / "fox.png"
     words = ["draw.py", "--pipeline", str(folder / "pipeline"), "--profile", str(profile), "--out", str(out)]
     words += ["--prompt", "a red fox", "--user-scale", "0.9", "--seed", "5", "--steps", "4"]
-    monkeypatch.setattr(sys, "argv", [*words, "--guidance-scale", "3"])
+    patch.setattr(sys, "argv", [*words, "--guidance-scale", "3"])
     script.main()
+    return out
+
+
+def test_the_script_draws_our_picture_without_prefgen(folder, profile, exported, tmp_path, monkeypatch):
+    pipeline = PrefGenPipeline.load(folder, pipeline=folder / "pipeline", mllm=str(folder / "mllm"))
+    mine = UserProfile.load(profile)
+    ours = pipeline.generate("a red fox", profile=mine, **HOW)[0]
+    base = pipeline.generate("a red fox", profile=mine, **{**HOW, "user_scale": 0.0})[0]
+    text = (exported / "draw.py").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if "import" in line.split()[:1] and "prefgen" in line]
+    out = run_script(exported, folder=folder, profile=profile, out=tmp_path / "fox.png", patch=monkeypatch)
     with Image.open(out) as picture:
         theirs = np.asarray(picture)
     assert np.array_equal(theirs, np.asarray(ours))
@@ -72,6 +83,34 @@ def test_the_script_draws_our_picture_without_prefgen(folder, profile, exported,
     written = load_file(exported / "me.embeds.safetensors")["ip_adapter_image_embeds"]
     torch.testing.assert_close(written, embeds, rtol=0, atol=1e-5, msg="matrix products may round anew")
     assert torch.equal(pipeline.ip_adapter_image_embeds(mine, guided=False)[0], embeds[1:])
+
+
+def test_a_text_lora_goes_along(folder, profile, tmp_path, monkeypatch):
+    """With users the same picture without prefgen; without them the base model, bit for bit."""
+    trained = tmp_path / "trained"
+    shutil.copytree(folder, trained)
+    bundle = DiffusionBundle.load(str(folder / "pipeline"))
+    add_text_lora(bundle.unet, rank=2)
+    for name, parameter in bundle.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_text_lora(bundle.unet, path=trained / "text_lora.safetensors")
+    mine = UserProfile.load(profile)
+    plain, with_lora = (
+        PrefGenPipeline.load(place, pipeline=folder / "pipeline") for place in (folder, trained)
+    )
+    ours = with_lora.generate("a red fox", profile=mine, **HOW)[0]
+    assert not np.array_equal(ours, plain.generate("a red fox", profile=mine, **HOW)[0])
+    base = {**HOW, "user_scale": 0.0}
+    assert np.array_equal(
+        with_lora.generate("a red fox", profile=mine, **base)[0],
+        plain.generate("a red fox", profile=mine, **base)[0],
+    )
+    places = Artefacts.find(trained, pipeline=folder / "pipeline")
+    out = export_for_diffusers(places, out=tmp_path / "out").adapter.parent
+    drawn = run_script(out, folder=folder, profile=profile, out=tmp_path / "fox.png", patch=monkeypatch)
+    with Image.open(drawn) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(ours))
 
 
 def test_the_export_draws_here_too(folder, profile, exported):

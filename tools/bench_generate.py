@@ -2,7 +2,7 @@
 
     python tools/bench_generate.py --pipeline tiny --steps 3 --repeats 2     # seconds: does it run
     python tools/bench_generate.py --pipeline asset:mini/pipeline --json generate.json
-    python tools/bench_generate.py --pipeline sd15 --size 128 --repeats 5    # random weights, 7 GB
+    python tools/bench_generate.py --pipeline sd15 --size 128 --repeats 5    # random weights, 9 GB
     python tools/bench_generate.py --pipeline FOLDER --device cuda
 
 Four ways to draw the same prompts: our loop without users, with users, the stock pipeline, and the stock
@@ -28,8 +28,9 @@ from diffusers import DiffusionPipeline
 
 from prefgen.config import resolve_path
 from prefgen.models.diffusion import DiffusionBundle
-from prefgen.models.fusion import FusionShape
+from prefgen.models.fusion import FusionShape, PartName
 from prefgen.models.ip_adapter import export_ip_adapter
+from prefgen.models.noise import NoiseSchedule
 from prefgen.models.sampling import SampleUsers, sample
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 
@@ -38,6 +39,19 @@ LIMIT = 1.10
 
 WIDTHS = (64, 256, 64)
 """Of the parts: they touch one small product per image, so their size hardly matters."""
+
+
+PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "image_encoder",
+    "feature_extractor",
+    "text_encoder_2",
+    "tokenizer_2",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +78,11 @@ def open_folder(name: str, *, scratch: Path) -> Path:
 
 
 class Bench:
-    """Two copies of one pipeline: ours with a user branch, and the stock one, which takes its IP-Adapter."""
+    """Two copies of one pipeline: one for our loop and for stock calls, one that has loaded its IP-Adapter."""
 
     def __init__(self, folder: Path, *, scratch: Path, size: int | None, device: str) -> None:
-        both = None if size is None else (size, size)
-        self.device = device
-        self.bundle = DiffusionBundle.load(str(folder), size=both, device=device)
+        self.stock, self.with_adapter = (self._load(folder, device=device) for _ in range(2))
+        self.bundle = bundle_of(self.stock, size=None if size is None else (size, size))
         shape = FusionShape(
             parts=("aligned", "core", "image"), widths=WIDTHS, cross_width=self.bundle.cross_width
         )
@@ -79,15 +92,16 @@ class Bench:
         export_ip_adapter(
             scratch / "user_adapter.safetensors", path=scratch / "ip_adapter.safetensors", projector=None
         )
-        self.stock, self.with_adapter = (self._stock(folder) for _ in range(2))
         self.with_adapter.load_ip_adapter(
             str(scratch), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
         )
         self.with_adapter.set_ip_adapter_scale(0.8)
-        self.parts = {name: torch.randn(1, width) for name, width in zip(shape.parts, WIDTHS, strict=True)}
+        self.parts: dict[PartName, torch.Tensor] = {
+            name: torch.randn(1, width) for name, width in zip(shape.parts, WIDTHS, strict=True)
+        }
 
-    def _stock(self, folder: Path) -> Any:
-        pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None).to(self.device)
+    def _load(self, folder: Path, *, device: str) -> Any:
+        pipe = DiffusionPipeline.from_pretrained(folder).to(device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -116,14 +130,27 @@ class Bench:
             drawn = SampleUsers.of(self.adapter, parts=many, scale=0.8)
             return sample(self.bundle, prompts, seeds=range(setting.batch), users=drawn, **how)
 
+        def stock() -> object:
+            self.adapter.attention.remove()
+            return self.stock(prompts, **stock_how)
+
         return {
             "base": base,
             "users": users,
-            "stock": lambda: self.stock(prompts, **stock_how),
+            "stock": stock,
             "stock IP-Adapter": lambda: self.with_adapter(
                 prompts, ip_adapter_image_embeds=[embeds], **stock_how
             ),
         }
+
+
+def bundle_of(pipe: Any, *, size: tuple[int, int] | None) -> DiffusionBundle:
+    """The parts of a loaded pipeline as our loop takes them."""
+    parts = {name: pipe.components.get(name) for name in PARTS}
+    empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
+    return DiffusionBundle(
+        **parts, schedule=NoiseSchedule.of(pipe.scheduler), zero_empty_text=empty, size=size
+    )
 
 
 def time_ways(ways: dict[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
