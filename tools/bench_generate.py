@@ -78,7 +78,7 @@ def open_folder(name: str, *, scratch: Path) -> Path:
 
 
 class Bench:
-    """Two copies of one pipeline: one for our loop and for stock calls, one that has loaded its IP-Adapter."""
+    """Two copies of one pipeline: one for our loop and stock calls, one that has loaded its IP-Adapter."""
 
     def __init__(self, folder: Path, *, scratch: Path, size: int | None, device: str) -> None:
         self.stock, self.with_adapter = (self._load(folder, device=device) for _ in range(2))

@@ -47,7 +47,12 @@ def save_tiny_workdir(folder: Path) -> list[str]:
     save_tiny_pipeline(folder / "pipeline")
     projector = SemProjector(ProjectorShape(sem_width=6, text_width=TINY_TEXT_DIM, hidden_width=8))
     save_projector(projector, path=folder / "align" / "projector.safetensors", lineage={}, text={})
-    tiny = ["model.frozen_dtype=float32", "model.vae_dtype=float32", "trainer.precision=32-true"]
+    tiny = [
+        "trainer.log_every_n_steps=4",
+        "model.frozen_dtype=float32",
+        "model.vae_dtype=float32",
+        "trainer.precision=32-true",
+    ]
     return [f"workdir={folder}", f"model.pipeline={folder / 'pipeline'}", "data.batch_size=8", *tiny]
 
 
