@@ -44,6 +44,7 @@ class UserSide:
         """
         artefacts.require("user_adapter")
         loaded = load_adapter(artefacts.user_adapter, unet=unet)
+        _require_part(artefacts, part="unet", lineage=loaded.lineage, key="unet")
         projector = loaded.projector
         if projector is None and "aligned" in loaded.adapter.fusion.shape.parts:
             require_projector(artefacts, lineage=loaded.lineage)
@@ -100,7 +101,6 @@ class Painter(UserSide):
         artefacts.require("pipeline", "user_adapter")
         bundle = DiffusionBundle.load(str(artefacts.pipeline), dtype=dtype, device=device)
         side = UserSide.for_unet(bundle.unet, artefacts=artefacts, device=device)
-        _require_part(artefacts, part="unet", lineage=side.lineage, key="unet")
         return Painter(bundle=bundle, projector=side.projector, adapter=side.adapter, lineage=side.lineage)
 
 

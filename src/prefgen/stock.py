@@ -50,7 +50,8 @@ class StockPipeline:
         Args:
             pipe: any diffusers pipeline with a ``unet`` that the adapter was trained for. LoRAs may be loaded
                 before or after.
-            artefacts: adapter and projector; the pipeline and the MLLM they name are not read.
+            artefacts: adapter and projector; the pipeline folder they name, where ``pipe`` comes from, is
+                compared with the one the adapter was trained with. The MLLM is not read.
 
         Raises:
             CheckpointError: the adapter is missing or does not fit the UNet.
