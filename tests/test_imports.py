@@ -80,10 +80,45 @@ ALLOWED = {
     "taste": {*BASIC, *PACKAGES, "checkpoint", "profile", "profile_math", "taste"},
     "profile_batch": {*BASIC, *PACKAGES, "profile", "profile_math", "taste", "profile_batch"},
     "painter": {*BASIC, *PACKAGES, "profile", "artefacts", "painter"},
-    "pipeline": {*BASIC, *PACKAGES, "profile", "ranking", "taste", "artefacts", "painter", "pipeline"},
+    "stock": {*BASIC, *PACKAGES, "profile", "artefacts", "painter", "stock"},
+    "standalone": {"standalone"},  # copied beside exports: nothing of prefgen
+    "model_card": {*BASIC, "data", "artefacts", "model_card"},
+    "exporting": {
+        *BASIC,
+        *PACKAGES,
+        "profile",
+        "artefacts",
+        "painter",
+        "standalone",
+        "model_card",
+        "exporting",
+    },
+    "pipeline": {
+        *BASIC,
+        *PACKAGES,
+        "profile",
+        "ranking",
+        "taste",
+        "artefacts",
+        "painter",
+        "stock",
+        "pipeline",
+    },
 }
 
-LIBRARY = {"profile", "profile_math", "profile_batch", "ranking", "taste", "painter", "pipeline"}
+LIBRARY = {
+    "exporting",
+    "model_card",
+    "standalone",
+    "stock",
+    "profile",
+    "profile_math",
+    "profile_batch",
+    "ranking",
+    "taste",
+    "painter",
+    "pipeline",
+}
 
 
 def allowed(name):

@@ -35,7 +35,11 @@ class Artefacts:
 
     @staticmethod
     def find(
-        folder: Path | None = None, *, pipeline: Path | None = None, mllm: str | None = None
+        folder: Path | None = None,
+        *,
+        pipeline: Path | None = None,
+        mllm: str | None = None,
+        adapter: Path | None = None,
     ) -> Artefacts:
         """Names in a work folder of the four stages, or in a flat folder like the shipped one.
 
@@ -46,6 +50,7 @@ class Artefacts:
                 prefgen.
             pipeline: the pipeline they were trained with; None for the shipped mini one.
             mllm: the MLLM they were trained with; None for the shipped mini one.
+            adapter: an adapter file instead of the folder's; see ``models.ip_adapter.read_adapter``.
 
         Raises:
             CheckpointError: no such folder.
@@ -64,7 +69,7 @@ class Artefacts:
             pipeline=MINI_ASSETS / "pipeline" if pipeline is None else pipeline,
             projector=root / parts[2] / "projector.safetensors",
             attribute_readout=root / parts[2] / "attribute_readout.safetensors",
-            user_adapter=root / parts[3] / "user_adapter.safetensors",
+            user_adapter=root / parts[3] / "user_adapter.safetensors" if adapter is None else adapter,
         )
 
     def require(self, *names: str) -> None:

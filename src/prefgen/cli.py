@@ -31,6 +31,7 @@ The way from histories to images:
   prefgen fit --stage inject             let the frozen diffusion model listen to them
   prefgen profile build / generate       one person's profile, and images for it
   prefgen score                          somebody's pictures in the order of one person's taste
+  prefgen export                         the adapter for stock diffusers
   prefgen evaluate                       a report on users and subjects nobody has seen
 """
 EPILOG = "Settings are key=value, without dashes: prefgen fit --stage align trainer.max_steps=100"

@@ -50,7 +50,7 @@ __all__ = [
     "resolve_path",
 ]
 
-PRESETS = ("mini", "smol", "sd15", "paper")
+PRESETS = ("mini", "smol", "sd15", "sdxl", "paper")
 
 _PACKAGE = Path(__file__).resolve().parent
 

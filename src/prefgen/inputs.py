@@ -44,7 +44,7 @@ def pipeline_folder(path: str) -> RequiredInput:
         key="model.pipeline",
         path=path,
         what="diffusers pipeline",
-        made_by="make foundation",
+        made_by="make foundation" if path.startswith("asset:") else f"hf download REPO --local-dir {path}",
         member="model_index.json",
     )
 

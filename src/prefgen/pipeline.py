@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from prefgen.models.user_schedule import CONSTANT, UserSchedule, check_negative_
 from prefgen.painter import Painter
 from prefgen.profile import UserProfile
 from prefgen.ranking import Scores, scores_by_mllm, scores_by_vectors
+from prefgen.stock import StockPipeline
 from prefgen.taste import TasteModels
 
 BATCH_SIZE = 4
@@ -73,11 +74,12 @@ class PrefGenPipeline:
         *,
         pipeline: Path | None = None,
         mllm: str | None = None,
+        adapter: Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> PrefGenPipeline:
         """Name the artefacts; see :meth:`Artefacts.find`. Nothing heavy is read yet."""
-        found = Artefacts.find(artefacts, pipeline=pipeline, mllm=mllm)
+        found = Artefacts.find(artefacts, pipeline=pipeline, mllm=mllm, adapter=adapter)
         return PrefGenPipeline(found, dtype=dtype, device=device)
 
     @cached_property
@@ -186,6 +188,30 @@ class PrefGenPipeline:
         dislikes = _as_list(self.readout.read(profile.sem_negative)) if profile.counts.disliked else None
         likes = _as_list(self.readout.read(profile.sem_embeds))
         return Explanation(likes=likes, dislikes=dislikes, source="readout")
+
+    def wrap(self, pipe: Any) -> StockPipeline:
+        """A stock diffusers pipeline that draws for users; see :class:`prefgen.stock.StockPipeline`."""
+        return StockPipeline.wrap(pipe, artefacts=self.artefacts)
+
+    @torch.no_grad()
+    def ip_adapter_image_embeds(self, profile: UserProfile, *, guided: bool = True) -> list[torch.Tensor]:
+        """What a stock pipeline that loaded the exported adapter takes under this name.
+
+        Args:
+            profile: for whom; made by the models the adapter was trained with.
+            guided: with classifier-free guidance the user of whom nothing is known comes first.
+
+        Returns:
+            One tensor (2,P,D), or (1,P,D) without guidance.
+
+        Raises:
+            CheckpointError: the profile is of another lineage.
+        """
+        painter = self.painter
+        profile.require_lineage(painter.lineage, what=f"the adapter {self.artefacts.user_adapter}")
+        fusion = painter.adapter.fusion
+        rows = fusion.rows(painter.parts(profile, count=1))
+        return [torch.cat([fusion.null_rows(1), rows]) if guided else rows]
 
     @torch.no_grad()
     def generate(

@@ -111,3 +111,42 @@ def test_dtypes_of_their_own(tiny_pipeline):
     assert bundle.text_encoder.dtype == torch.bfloat16
     assert bundle.vae.dtype == torch.float32
     assert bundle.schedule.alphas_cumprod.dtype == torch.float32
+
+
+def test_published_folders_load_without_what_is_not_used(tiny_pipeline, tmp_path):
+    """A safety checker is passed over, and a folder with half-precision files alone is found."""
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "published")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name in ("unet", "vae", "text_encoder", "image_encoder"):
+        for file in (folder / name).glob("*.safetensors"):
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    loaded, plain = DiffusionBundle.load(str(folder)), DiffusionBundle.load(str(tiny_pipeline))
+    for name, value in plain.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], value)
+    assert type(loaded.feature_extractor) is type(plain.feature_extractor)
+
+
+def test_pickled_weights_are_never_read(tiny_pipeline, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pickled")
+    weights = next((folder / "unet").glob("*.safetensors"))
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(DataError, match="no diffusers pipeline at"):
+        DiffusionBundle.load(str(folder))
+
+
+def test_a_size_of_ones_own(tiny_pipeline):
+    bundle = DiffusionBundle.load(str(tiny_pipeline), size=(24, 32))
+    assert bundle.size_step == 4
+    assert bundle.latent_shape == (4, 12, 16)
+    assert bundle.image_size == (24, 32)
+    with pytest.raises(DataError, match="multiples of 4 pixels"):
+        DiffusionBundle.load(str(tiny_pipeline), size=(24, 30))

@@ -94,3 +94,14 @@ def test_flow_matching_is_refused_with_words():
 
     with pytest.raises(DataError, match="FlowMatchEulerDiscreteScheduler"):
         NoiseSchedule.of(FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_noise_offset_shifts_whole_channels_and_nothing_else():
+    seeds = [5, 6]
+    plain, shifted = (draw_noise(seeds, shape=(4, 8, 8), offset=offset) for offset in (0.0, 0.5))
+    assert torch.equal(plain.posterior_noise, shifted.posterior_noise)
+    shift = shifted.noise - plain.noise
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift))
+    assert bool((shift != 0).all())
+    many = draw_noise(range(200), shape=(4, 1, 1), offset=0.5).noise.var()
+    assert float(many) == pytest.approx(1.25, rel=0.2)

@@ -11,6 +11,7 @@ COMMANDS = (
     "prefgen.commands.profile",
     "prefgen.commands.generate",
     "prefgen.commands.score",
+    "prefgen.commands.export",
     "prefgen.commands.evaluate",
     "prefgen.commands.config",
     "prefgen.commands.doctor",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefgen.commands.data_encode import add_encode
 from prefgen.commands.data_import import add_import
 from prefgen.errors import ConfigError, DataError
 from prefgen.schema import Split
@@ -24,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     _add_drawings(actions)
     add_import(actions)
     _add_build(actions)
+    add_encode(actions)
     _add_inspect(actions)
     _add_verify(actions)
 

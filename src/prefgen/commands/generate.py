@@ -240,7 +240,7 @@ def _command(args: argparse.Namespace) -> list[str]:
         words += ["--negative-prompt", args.negative_prompt]
     if args.no_base:
         words.append("--no-base")
-    for name in ("artefacts", "pipeline", "mllm"):
+    for name in ("artefacts", "pipeline", "mllm", "adapter"):
         if getattr(args, name) is not None:
             words += [f"--{name}", getattr(args, name)]
     return [*words, "--device", args.device, "--out", str(args.out)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefgen.artefacts import Artefacts
 from prefgen.config import resolve_path
 from prefgen.errors import ConfigError
 
@@ -31,8 +32,23 @@ def add_artefact_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline", metavar="DIR", help="the diffusers pipeline (default: asset:mini/pipeline)"
     )
+    group.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="adapter instead of the folder's: prefgen's, its export, or an IP-Adapter (.safetensors)",
+    )
     group.add_argument("--mllm", metavar="DIR", help="the multimodal LLM (default: asset:mini/mllm)")
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+def artefacts_of(args: argparse.Namespace) -> Artefacts:
+    """Where the options say that everything lies."""
+    return Artefacts.find(
+        None if args.artefacts is None else resolve_path(args.artefacts),
+        pipeline=None if args.pipeline is None else resolve_path(args.pipeline),
+        mllm=None if args.mllm is None else _model_name(args.mllm),
+        adapter=None if args.adapter is None else resolve_path(args.adapter),
+    )
 
 
 def open_pipeline(args: argparse.Namespace) -> PrefGenPipeline:
@@ -42,12 +58,7 @@ def open_pipeline(args: argparse.Namespace) -> PrefGenPipeline:
     from prefgen.pipeline import PrefGenPipeline
 
     _check_device(args.device, num_gpus=torch.cuda.device_count())
-    return PrefGenPipeline.load(
-        None if args.artefacts is None else resolve_path(args.artefacts),
-        pipeline=None if args.pipeline is None else resolve_path(args.pipeline),
-        mllm=None if args.mllm is None else _model_name(args.mllm),
-        device=args.device,
-    )
+    return PrefGenPipeline(artefacts_of(args), dtype=torch.float32, device=args.device)
 
 
 def _check_device(device: str, *, num_gpus: int) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,18 +259,25 @@ def check_lineage(
         raise CheckpointError(f"{where}: made by other models: {'; '.join(wrong)}; {mend}")
 
 
-def to_npy(array: NDArray[Any]) -> bytes:
-    """The bytes of a ``.npy`` file of a float32 array, in C order, without pickle."""
+def to_npy(array: NDArray[Any], *, dtype: type[np.floating[Any]] = np.float32) -> bytes:
+    """The bytes of a ``.npy`` file of floating numbers, in C order, without pickle."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array, dtype=dtype), allow_pickle=False)
     return buffer.getvalue()
 
 
-def from_npy(data: bytes, *, where: str) -> Array:
+def from_npy(
+    data: bytes, *, where: str, dtypes: tuple[type[np.floating[Any]], ...] = (np.float32,)
+) -> NDArray[Any]:
     """Read ``.npy`` bytes.
 
+    Args:
+        data: the file.
+        where: for messages.
+        dtypes: number formats that are accepted.
+
     Raises:
-        DataError: pickled objects, not float32, a header that promises more than the bytes hold, or damage.
+        DataError: pickled objects, another format, a header that promises more than there is, or damage.
     """
     file = io.BytesIO(data)
     try:
@@ -282,13 +289,14 @@ def from_npy(data: bytes, *, where: str) -> Array:
     ) as error:  # numpy hands a hostile header to Python's tokenizer, which raises what it likes
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{where}: not a plain npy array ({reason})") from None
-    if dtype != np.float32 or fortran:
-        raise DataError(f"{where}: expected float32 in C order, got {dtype}")
+    if dtype not in dtypes or fortran:
+        names = " or ".join(np.dtype(one).name for one in dtypes)
+        raise DataError(f"{where}: expected {names} in C order, got {dtype}")
     start = file.tell()
     # The size is checked before anything is allocated: a header may promise terabytes.
-    if math.prod(shape) * 4 != len(data) - start:
+    if math.prod(shape) * dtype.itemsize != len(data) - start:
         raise DataError(f"{where}: its header promises shape {shape}, but {len(data) - start} bytes follow")
-    return cast(Array, np.frombuffer(data, dtype=np.float32, offset=start).reshape(shape).copy())
+    return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).copy()
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -67,6 +67,18 @@ def decode_image(
         raise DataError(f"{where}: image of {len(data):,} bytes cannot be decoded ({reason})") from None
 
 
+def picture_size(data: bytes, *, where: str) -> tuple[int, int]:
+    """(height, width) from an image's header, without decoding it; errors as :func:`decode_image`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            width, height = Image.open(io.BytesIO(data), formats=list(FORMATS.values())).size
+    except Exception:  # whatever Pillow's plugins raise: decode_image has the words for it
+        image = decode_image(data, where=where)
+        width, height = image.size
+    return height, width
+
+
 def encode_webp(image: Image.Image, *, quality: int = 92) -> bytes:
     """Webp bytes of an RGB image; quality 1 to 100."""
     buffer = io.BytesIO()

@@ -22,7 +22,8 @@ MAX_INDEX_BYTES = 4 << 30
 SHARD_NAME = re.compile(r"(train|validation|test)-\d{6,}\.tar")
 SAMPLE_KEY = re.compile(r"[A-Za-z0-9_~-]{1,80}")
 
-Kind = Literal["histories", "embeddings"]
+Kind = Literal["histories", "embeddings", "encoded"]
+KINDS = ("histories", "embeddings", "encoded")
 ALL_SPLITS = cast("tuple[Split, ...]", SPLITS)
 
 
@@ -72,7 +73,7 @@ class ShardIndex:
     """A parsed ``index.json``.
 
     Attributes:
-        kind: user histories with images, or user embeddings.
+        kind: user histories with images, user embeddings, or images and prompts as a pipeline encodes them.
         splits: shards of each split; an absent split holds nothing.
         header: which models made an embedding set (plain json); empty for histories.
         dropped: what building left out, by reason, with how often.
@@ -131,7 +132,7 @@ def write_index(index: ShardIndex, *, out: Path) -> Path:
         "splits": {
             split: {
                 "counts": _counts_record(index.counts(split)),
-                "shards": [_shard_record(shard) for shard in index.splits[split]],
+                "shards": [shard_record(shard) for shard in index.splits[split]],
             }
             for split in ALL_SPLITS
             if index.splits.get(split)
@@ -205,7 +206,8 @@ def _counts_record(counts: Counts) -> dict[str, int]:
     }
 
 
-def _shard_record(shard: ShardEntry) -> dict[str, Any]:
+def shard_record(shard: ShardEntry) -> dict[str, Any]:
+    """A shard as json; :func:`parse_shard` reads it."""
     rows = [[s.key, s.user_id, s.offset, s.size, s.liked, s.disliked] for s in shard.samples]
     return {"name": shard.name, "sha256": shard.sha256, "size": shard.size, "samples": rows}
 
@@ -218,8 +220,8 @@ def _parse_index(record: Any, *, where: str, kind: Kind | None) -> ShardIndex:
             "build the shards again with this version"
         )
     found = record["kind"]
-    if found not in ("histories", "embeddings"):
-        raise ValueError(f"kind {found!r} is not one of histories, embeddings")
+    if found not in KINDS:
+        raise ValueError(f"kind {found!r} is not one of {', '.join(KINDS)}")
     if kind is not None and found != kind:
         raise DataError(f"{where}: holds {found}, but {kind} are needed here; pass the other folder")
     splits: dict[Split, tuple[ShardEntry, ...]] = {}
@@ -227,7 +229,7 @@ def _parse_index(record: Any, *, where: str, kind: Kind | None) -> ShardIndex:
     for split, content in record["splits"].items():
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        shards = tuple(_parse_shard(shard, split=split) for shard in content["shards"])
+        shards = tuple(parse_shard(shard, split=split) for shard in content["shards"])
         for shard in shards:
             _check_owners(shard, owner=owner, where=where)
         splits[cast(Split, split)] = shards
@@ -251,7 +253,13 @@ def _check_owners(shard: ShardEntry, *, owner: dict[str, str], where: str) -> No
         owner[user] = shard.name
 
 
-def _parse_shard(record: Any, *, split: str) -> ShardEntry:
+def parse_shard(record: Any, *, split: str) -> ShardEntry:
+    """A shard of an index, checked.
+
+    Raises:
+        DataError: it names a file elsewhere.
+        ValueError, KeyError, TypeError: it is damaged.
+    """
     name = record["name"]
     if not SHARD_NAME.fullmatch(name) or not name.startswith(f"{split}-"):
         raise DataError(

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from prefgen.data.order import epoch_order, fingerprint, rank_share
+from prefgen.data.order import epoch_order, fingerprint, full_batches, group_batches, rank_share
 from prefgen.data.reader import OnBad, SkipCounter
 from prefgen.data.workers import (
     BatchPlan,
     Collate,
     ExampleDataset,
     Examples,
+    GroupedDataset,
     Packet,
     start_worker,
     stop_workers,
@@ -100,8 +103,10 @@ class ResumableLoader(Generic[T, B]):
         self._world_size = world_size
         self._window_shards = window_shards
         self._limit_batches = limit_batches
+        self._eval_batches: int | None = None
         self._skips = SkipCounter()
         self._moves = 0
+        self._num_groups = int(getattr(dataset, "num_groups", 1))
         self._check(name)
         self._plan = BatchPlan()
         self._loader: DataLoader[Any] = DataLoader(
@@ -123,6 +128,8 @@ class ResumableLoader(Generic[T, B]):
         """Batches of one epoch on this rank."""
         full, rest = divmod(self._share_size(), self.batch_size)
         batches = full if self._drop_last else full + bool(rest)
+        if self._num_groups > 1:
+            batches = self._grouped_length()
         return batches if self._limit_batches is None else min(batches, self._limit_batches)
 
     def __iter__(self) -> Iterator[B]:
@@ -187,7 +194,12 @@ class ResumableLoader(Generic[T, B]):
             "world_size": self._world_size,
             "num_samples": len(self.dataset),
             "order": fingerprint(
-                self._shuffle, self._drop_last, self._window_shards, self._limit_batches, sizes
+                self._shuffle,
+                self._drop_last,
+                self._window_shards,
+                self._limit_batches,
+                sizes,
+                *((self._num_groups,) if self._num_groups > 1 else ()),
             ),
         }
 
@@ -195,6 +207,23 @@ class ResumableLoader(Generic[T, B]):
         self.epoch = epoch
         self.batches_done = batches_done
         self._moves += 1
+
+    def _grouped_length(self) -> int:
+        """The same in every epoch: those that fill for certain, or, in evaluation, all of them."""
+        if self._drop_last:
+            return full_batches(self._share_size(), num_groups=self._num_groups, batch_size=self.batch_size)
+        if self._eval_batches is None:
+            self._eval_batches = len(self._grouped(epoch=0))
+        return self._eval_batches
+
+    def _grouped(self, *, epoch: int) -> list[list[int]]:
+        """Batches of this rank in an epoch, each of one group."""
+        return group_batches(
+            self._order(epoch=epoch),
+            groups=cast(GroupedDataset, self.dataset).groups(epoch=epoch),
+            batch_size=self.batch_size,
+            keep_rest=not self._drop_last,
+        )
 
     def _share_size(self) -> int:
         share = rank_share(len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal)
@@ -225,25 +254,36 @@ class ResumableLoader(Generic[T, B]):
                 f"lower the batch size{f' to {have // ranks} or less' if have >= ranks else ''}, "
                 "use fewer ranks, or build more data"
             )
+        if self._num_groups > 1 and not len(self):
+            raise DataError(
+                f"{have // ranks} {name} a rank in {self._num_groups} groups fill no batch of "
+                f"{self.batch_size} for certain; lower the batch size or the number of groups"
+            )
         if self._window_shards is not None and sum(getattr(self.dataset, "shard_sizes", ())) != have:
             raise DataError("window_shards needs a data set whose shard_sizes sum to its length")
 
     def _start(self) -> Iterator[Packet[B]]:
         """Iterator over the rest of the current epoch, from the current position."""
+        self._plan.epoch = self.epoch
+        if self._num_groups > 1:
+            self._plan.batches = self._grouped(epoch=self.epoch)[self.batches_done : len(self)]
+            return iter(self._loader)
+        first = self.batches_done * self.batch_size
+        mine = self._order(epoch=self.epoch)[first : len(self) * self.batch_size].tolist()
+        self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        return iter(self._loader)
+
+    def _order(self, *, epoch: int) -> NDArray[np.int64]:
+        """Positions that this rank reads in an epoch."""
         order = epoch_order(
             len(self.dataset),
             seed=self._seed,
-            epoch=self.epoch,
+            epoch=epoch,
             shuffle=self._shuffle,
             shard_sizes=getattr(self.dataset, "shard_sizes", ()),
             window_shards=self._window_shards,
         )
-        share = rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)
-        self._plan.epoch = self.epoch
-        first = self.batches_done * self.batch_size
-        mine = order[share][first : len(self) * self.batch_size].tolist()
-        self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        return iter(self._loader)
+        return order[rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)]
 
     def _hand_over(self, packet: Packet[B]) -> B:
         if packet.failure is not None:

@@ -65,6 +65,36 @@ def rank_share(num_samples: int, *, rank: int, world_size: int, equal: bool) -> 
     return slice(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
 
 
+def group_batches(
+    order: Sequence[int] | NDArray[np.int64],
+    *,
+    groups: Sequence[int] | NDArray[np.int64],
+    batch_size: int,
+    keep_rest: bool,
+) -> list[list[int]]:
+    """Batches of one group each, in the order in which they fill.
+
+    Args:
+        order: positions, in the order of the epoch.
+        groups: group of each position of the data set.
+        batch_size: samples a batch.
+        keep_rest: append what fills no batch, as smaller ones, in the order of the groups.
+    """
+    batches: list[list[int]] = []
+    filling: dict[int, list[int]] = {}
+    for position in order:
+        group = int(groups[position])
+        filling.setdefault(group, []).append(int(position))
+        if len(filling[group]) == batch_size:
+            batches.append(filling.pop(group))
+    return batches + [filling[group] for group in sorted(filling)] if keep_rest else batches
+
+
+def full_batches(num_samples: int, *, num_groups: int, batch_size: int) -> int:
+    """Batches that :func:`group_batches` fills at least, however the samples fall into groups."""
+    return max(0, -(-(num_samples - num_groups * (batch_size - 1)) // batch_size))
+
+
 def fingerprint(*parts: object) -> str:
     """Short hash of whatever decides an order, for refusing to resume into another one."""
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:16]

@@ -7,13 +7,14 @@ picture it was shown instead of a taste.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from prefgen.data.embeddings import EmbeddingReader, UserEmbeddings
+from prefgen.data.encoded import EncodedReader
 from prefgen.data.reader import ShardReader
 from prefgen.errors import DataError
 from prefgen.schema import Split, image_key
@@ -45,8 +46,15 @@ def choose(embeddings: UserEmbeddings, *, draws: Sequence[int], rng: np.random.G
         draws: :func:`usable_draws` of the user, not empty.
         rng: see ``rng_for``.
     """
+    return choose_rows(draws, outside=embeddings.rows_outside, rng=rng)
+
+
+def choose_rows(
+    draws: Sequence[int], *, outside: Callable[[int], Sequence[int]], rng: np.random.Generator
+) -> Choice:
+    """:func:`choose` where only the rows outside each draw's references are at hand."""
     draw = int(draws[int(rng.integers(len(draws)))])
-    target, anchor = rng.permutation(embeddings.rows_outside(draw))[:MIN_OUTSIDE]
+    target, anchor = rng.permutation(outside(draw))[:MIN_OUTSIDE]
     return Choice(draw=draw, target=int(target), anchor=int(anchor))
 
 
@@ -57,13 +65,15 @@ class TargetUser:
     Attributes:
         embeddings: the user's numbers.
         draws: :func:`usable_draws`; may be empty.
-        pictures: liked pictures, encoded, in the order of the history.
-        prompts: their prompts.
+        num_liked: liked pictures.
+        pictures: as files, in the order of the history; empty where an encoded set stands for them.
+        prompts: their prompts; likewise.
         where: shard and key, for messages.
     """
 
     embeddings: UserEmbeddings
     draws: tuple[int, ...]
+    num_liked: int
     pictures: tuple[bytes, ...]
     prompts: tuple[str, ...]
     where: str
@@ -75,7 +85,7 @@ class TargetUser:
             DataError: the shards do not hold that picture.
         """
         key = self.embeddings.image_keys[row]
-        own = [image_key(self.embeddings.user_id, "liked", i) for i in range(len(self.pictures))]
+        own = [image_key(self.embeddings.user_id, "liked", i) for i in range(self.num_liked)]
         if key not in own:
             raise DataError(
                 f"{self.where} has no picture {key}: the embeddings were made from other histories than "
@@ -118,7 +128,47 @@ class TargetReader:
         return TargetUser(
             embeddings=embeddings,
             draws=usable_draws(embeddings),
+            num_liked=len(sample.liked),
             pictures=sample.liked,
             prompts=tuple(image.prompt for image in sample.history.liked),
             where=sample.where,
+        )
+
+
+class EncodedTargetReader:
+    """As :class:`TargetReader`, beside an encoded set: no picture is read or decoded."""
+
+    def __init__(self, *, embeddings: Path, encoded: EncodedReader, split: Split) -> None:
+        """Open the embeddings.
+
+        Raises:
+            DataError: they are missing or broken, or have no such split.
+        """
+        self.embeddings = EmbeddingReader(embeddings, split=split)
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, row: int) -> TargetUser:
+        """The user at a position.
+
+        Raises:
+            DataError: a broken sample, or a user that was not encoded.
+        """
+        embeddings = self.embeddings[row]
+        assert embeddings is not None
+        count = self.encoded.num_images(embeddings.user_id)
+        if not count:
+            raise DataError(
+                f"user {embeddings.user_id} of {self.embeddings.root} is not in {self.encoded.root}; run "
+                "'prefgen data encode' again on the histories of these embeddings"
+            )
+        return TargetUser(
+            embeddings=embeddings,
+            draws=usable_draws(embeddings),
+            num_liked=count,
+            pictures=(),
+            prompts=(),
+            where=f"{self.encoded.root}: user {embeddings.user_id}",
         )

@@ -47,7 +47,7 @@ class ShardFolder:
         self.out = Path(out)
         self._kind: Kind = kind
         self._limit = samples_per_shard
-        self._open: dict[Split, _OpenShard] = {}
+        self._open: dict[Split, OpenShard] = {}
         self._done: dict[Split, list[ShardEntry]] = {}
         self._keys: set[str] = set()
         _prepare(self.out, overwrite=overwrite)
@@ -68,7 +68,7 @@ class ShardFolder:
         shard = self._open.get(split)
         if shard is None:
             number = len(self._done.setdefault(split, []))
-            shard = self._open[split] = _OpenShard(self.out / f"{split}-{number:06d}.tar")
+            shard = self._open[split] = OpenShard(self.out / f"{split}-{number:06d}.tar")
         for part, (members, liked, disliked) in enumerate(parts):
             key = self._new_key(user_id, part=part)
             shard.write(key, user_id=user_id, members=members, liked=liked, disliked=disliked)
@@ -88,14 +88,19 @@ class ShardFolder:
         return index
 
     def _new_key(self, user_id: str, *, part: int) -> str:
-        plain = SAMPLE_KEY.fullmatch(user_id) and len(user_id) <= 64 and "~" not in user_id
-        # webdataset ends a key at the first dot, and tar names hold 100 bytes: other ids are hashed.
-        key = user_id if plain else "~" + hashlib.sha256(user_id.encode("utf-8")).hexdigest()[:32]
-        key = f"{key}~{part:03d}" if part else key
+        key = sample_key(user_id, part=part)
         if key in self._keys:
             raise DataError(f"two users with the id {user_id!r}; ids must be unique over all splits")
         self._keys.add(key)
         return key
+
+
+def sample_key(user_id: str, *, part: int) -> str:
+    """Tar member prefix of a part of a user."""
+    plain = SAMPLE_KEY.fullmatch(user_id) and len(user_id) <= 64 and "~" not in user_id
+    # webdataset ends a key at the first dot, and tar names hold 100 bytes: other ids are hashed.
+    key = user_id if plain else "~" + hashlib.sha256(user_id.encode("utf-8")).hexdigest()[:32]
+    return f"{key}~{part:03d}" if part else key
 
 
 class _HashingFile:
@@ -112,7 +117,7 @@ class _HashingFile:
         return self.file.write(data)
 
 
-class _OpenShard:
+class OpenShard:
     """One tar file being written under a temporary name."""
 
     def __init__(self, path: Path) -> None:
@@ -129,12 +134,14 @@ class _OpenShard:
         self._samples: list[SampleEntry] = []
 
     def write(self, key: str, *, user_id: str, members: dict[str, bytes], liked: int, disliked: int) -> None:
+        """Append one sample."""
         start = self._tar.tarstream.offset
         self._tar.write({"__key__": key, **members})
         size = self._tar.tarstream.offset - start
         self._samples.append(SampleEntry(key, user_id, start, size, liked, disliked))
 
     def close(self) -> ShardEntry:
+        """Finish, and give the file its name."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -144,6 +151,7 @@ class _OpenShard:
         return ShardEntry(self.path.name, digest, self._hashed.size, tuple(self._samples))
 
     def discard(self) -> None:
+        """Leave nothing behind."""
         # The tar first: it would write its end into a closed file when collected. A full disk must not hide
         # the error that brought us here.
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prefgen.data.embeddings import EmbeddingReader
+from prefgen.data.encoded import EncodedReader
 from prefgen.data.images import MAX_PIXELS, decode_image
 from prefgen.data.index import (
     ALL_SPLITS,
@@ -126,7 +127,7 @@ def verify(
     """Read everything: checksums, offsets, every member, every image or array. Repairs nothing.
 
     Args:
-        path: folder of history or embedding shards.
+        path: folder of history, embedding or encoded shards.
         num_workers: processes; default, and at most, one per core; 0 and 1 work in this one.
         progress: called after each shard.
 
@@ -199,6 +200,8 @@ def _reader(root: Path, kind: Kind, split: Split) -> ShardReader | EmbeddingRead
 
 
 def _verify_shard(root: Path, kind: Kind, split: Split, number: int) -> _ShardResult:
+    if kind == "encoded":
+        return _verify_encoded(root, split, number)
     reader = _reader(root, kind, split)
     shard = reader.index.splits[split][number]
     path = root / shard.name
@@ -222,6 +225,27 @@ def _verify_shard(root: Path, kind: Kind, split: Split, number: int) -> _ShardRe
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"{path}: and {len(problems) - MAX_PROBLEMS} more problems"]
     return _ShardResult(problems=tuple(problems), users=users, images=images, bytes=size)
+
+
+def _verify_encoded(root: Path, split: Split, number: int) -> _ShardResult:
+    reader = EncodedReader(root, split=split)
+    shard = read_index(root).splits[split][number]
+    path = root / shard.name
+    try:
+        problems, size = _verify_file(path, shard=shard)
+    except OSError as error:
+        return _ShardResult(problems=(f"{path}: cannot be read ({error.strerror})",))
+    images = 0
+    groups = list(group_users(shard))
+    for group in groups:
+        for position in range(len(group)):
+            try:
+                reader.image(group[0].user_id, position=position)
+                images += 1
+            except DataError as error:
+                problems.append(str(error))
+    del problems[MAX_PROBLEMS:]
+    return _ShardResult(problems=tuple(problems), users=len(groups), images=images, bytes=size)
 
 
 def _verify_file(path: Path, *, shard: ShardEntry) -> tuple[list[str], int]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prefgen.data.reader import OnBad
@@ -32,6 +34,19 @@ class ExampleDataset(Protocol[T_co]):
 
     def example(self, index: int, *, epoch: int) -> T_co | None:
         """One example; ``None`` for a sample the reader has skipped (and counted)."""
+
+
+class GroupedDataset(Protocol):
+    """A data set whose samples may share a batch only within a group, such as pictures of one shape.
+
+    Attributes:
+        num_groups: above 1; a data set without the attribute is of one group.
+    """
+
+    num_groups: int
+
+    def groups(self, *, epoch: int) -> NDArray[np.int64]:
+        """(num_samples,) group of each sample in this epoch: a pure function of the epoch."""
 
 
 class BatchPlan(Sampler[list[tuple[int, int]]]):

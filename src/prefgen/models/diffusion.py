@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prefgen.errors import DataError
 from prefgen.models.image_encoder import ImageEncoder
-from prefgen.models.loading import quiet_loading
 from prefgen.models.noise import NoiseSchedule
+from prefgen.models.pipeline_folder import load_parts
 from prefgen.models.pixels import to_pil
 from prefgen.models.text import draw_list
 
@@ -85,6 +85,7 @@ class DiffusionBundle:
         tokenizer_2: its tokenizer, or None.
         schedule: the noise schedule in plain numbers.
         zero_empty_text: whether no prompt means zeros instead of the encoded empty text (SDXL's base).
+        size: (height, width) in pixels to work at instead of the pipeline's own; multiples of ``vae_factor``.
     """
 
     unet: Any
@@ -98,6 +99,7 @@ class DiffusionBundle:
     tokenizer_2: Any
     schedule: NoiseSchedule
     zero_empty_text: bool = False
+    size: tuple[int, int] | None = None
 
     @staticmethod
     def load(
@@ -108,6 +110,7 @@ class DiffusionBundle:
         vae_dtype: torch.dtype | None = None,
         image_encoder: str | None = None,
         memory_format: MemoryFormat = "contiguous",
+        size: tuple[int, int] | None = None,
     ) -> DiffusionBundle:
         """Read a pipeline folder, or a hub id, in diffusers format.
 
@@ -119,11 +122,13 @@ class DiffusionBundle:
             image_encoder: folder of a CLIP image encoder, for pipelines that ship none.
             memory_format: layout of the convolutions; channels_last suits bfloat16 on CPUs and new GPUs, but
                 may differ from a stock pipeline in the last bits.
+            size: (height, width) in pixels to work at; None takes the pipeline's own.
 
         Raises:
-            DataError: no pipeline there, or one without UNet, VAE or text encoder.
+            DataError: no pipeline there, one without UNet, VAE or text encoder, pickled weights only, or a
+                size that the VAE cannot divide.
         """
-        parts = _load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
+        parts = load_parts(path, dtypes={"default": dtype, "vae": vae_dtype or dtype})
         if image_encoder is not None:
             own = ImageEncoder.load(Path(image_encoder), dtype=dtype)
             parts["image_encoder"], parts["feature_extractor"] = own.model, own.feature_extractor
@@ -137,9 +142,15 @@ class DiffusionBundle:
         if memory_format == "channels_last":
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
-        return DiffusionBundle(
-            schedule=NoiseSchedule.of(kept["scheduler"]), zero_empty_text=parts["zero_empty_text"], **kept
+        bundle = DiffusionBundle(
+            schedule=NoiseSchedule.of(kept["scheduler"]),
+            zero_empty_text=parts["zero_empty_text"],
+            size=size,
+            **kept,
         )
+        if size is not None and any(side < 1 or side % bundle.size_step for side in size):
+            raise DataError(f"image size {size}: this pipeline takes multiples of {bundle.size_step} pixels")
+        return bundle
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +169,10 @@ class DiffusionBundle:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C,h,w) of the latents of one image at the pipeline's own size."""
+        """(C,h,w) of the latents of one image at ``size``, or at the pipeline's own."""
+        if self.size is not None:
+            factor = self.vae_factor
+            return int(self.unet.config.in_channels), self.size[0] // factor, self.size[1] // factor
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config.in_channels), int(height), int(width)
@@ -167,6 +181,11 @@ class DiffusionBundle:
     def vae_factor(self) -> int:
         """Pixels per latent, on a side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size_step(self) -> int:
+        """Pixels of which every side is a multiple: what VAE and UNet halve without remainder."""
+        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -237,7 +256,11 @@ class DiffusionBundle:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B,3,H,W), about [-1,1] and not clamped, of latents (B,C,h,w) in the UNet's scale."""
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0])
+        # A VAE in float32 is one that overflows below (SDXL's): a trainer's autocast must not undo that.
+        asked = self.vae.dtype == torch.float32
+        keep = torch.autocast(self.device.type, enabled=False) if asked else contextlib.nullcontext()
+        with keep:
+            return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0])
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
@@ -298,33 +321,3 @@ def fit_words(words: Sequence[str], *, tokenizer: Any, rng: np.random.Generator)
         return len(tokenizer(text)["input_ids"])
 
     return draw_list(words, rng=rng, num_tokens=num_tokens, max_tokens=int(tokenizer.model_max_length))
-
-
-def _load_parts(path: str, *, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    try:
-        with _quiet():
-            # Imported here: it takes seconds, and hints at torchvision unless quiet.
-            from diffusers import DiffusionPipeline
-            from diffusers.utils import is_accelerate_available
-
-            pipeline = DiffusionPipeline.from_pretrained(
-                path, dtype=dtypes, low_cpu_mem_usage=is_accelerate_available()
-            )
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"no diffusers pipeline at {path}: {reason[:200]}") from None
-    parts = dict(pipeline.components)
-    parts["zero_empty_text"] = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
-    return parts
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    import diffusers.utils.logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
-    try:
-        with quiet_loading():
-            yield
-    finally:
-        diffusers_logging.enable_progress_bar()

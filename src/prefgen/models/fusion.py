@@ -47,6 +47,14 @@ class FusionShape:
         """Tokens that cross-attention sees."""
         return TOKENS_PER_PART * len(self.parts)
 
+    def spans(self) -> list[tuple[PartName, slice]]:
+        """Each row's part and its place among the inputs of the Linear."""
+        spans, start = [], 0
+        for part, width in zip(self.parts, self.widths, strict=True):
+            spans.append((part, slice(start, start + width)))
+            start += width
+        return spans
+
 
 class UserFusion(nn.Module):
     """One Linear and one LayerNorm over rows that each hold one part and zeros elsewhere.
@@ -69,22 +77,18 @@ class UserFusion(nn.Module):
         self.mean = nn.Buffer(torch.zeros(total))
         self.scale = nn.Buffer(torch.ones(total))
 
-    def _spans(self) -> list[tuple[PartName, slice]]:
-        spans, start = [], 0
-        for part, width in zip(self.shape.parts, self.shape.widths, strict=True):
-            spans.append((part, slice(start, start + width)))
-            start += width
-        return spans
-
     @torch.no_grad()
     def standardise(self, samples: Mapping[PartName, Tensor]) -> None:
         """Set the fixed statistics from training users, once, before the first step.
 
         Args:
-            samples: for each part in use (N,D), N >= 2. Coordinates that hardly move are not blown up to
-                unit variance: a hundredth of the part's mean variance is added to each.
+            samples: for each part (N,D), N >= 2; a part left out keeps the statistics it has. Coordinates
+                that hardly move are not blown up to unit variance: a hundredth of the part's mean variance is
+                added to each.
         """
-        for part, span in self._spans():
+        for part, span in self.shape.spans():
+            if part not in samples:
+                continue
             values = samples[part].double()
             variance = values.var(dim=0)
             floor = _VARIANCE_FLOOR * variance.mean().clamp_min(1e-12)
@@ -112,7 +116,7 @@ class UserFusion(nn.Module):
                 f"a user needs at least one of {', '.join(dict.fromkeys(self.shape.parts))}"
             )
         rows = self.mean.new_zeros(len(given[0]), len(self.shape.parts), len(self.mean))
-        for index, (part, span) in enumerate(self._spans()):
+        for index, (part, span) in enumerate(self.shape.spans()):
             if part not in parts:
                 continue
             values = parts[part].to(self.mean)

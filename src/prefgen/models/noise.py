@@ -120,7 +120,7 @@ class NoiseDraw:
     """What is drawn to noise a batch, beside its timesteps.
 
     Attributes:
-        noise: (B,C,h,w) standard normal.
+        noise: (B,C,h,w) standard normal, shifted where an offset is asked for.
         posterior_noise: (B,C,h,w) standard normal, for drawing latents from the VAE's posterior.
     """
 
@@ -133,7 +133,7 @@ def draw_timesteps(count: int, *, num_train_timesteps: int, generator: torch.Gen
     return torch.randint(0, num_train_timesteps, (count,), generator=generator)
 
 
-def draw_noise(seeds: Sequence[int], *, shape: Sequence[int]) -> NoiseDraw:
+def draw_noise(seeds: Sequence[int], *, shape: Sequence[int], offset: float = 0.0) -> NoiseDraw:
     """Noise of a batch, each image's from its own seed.
 
     So an image gets the same noise whatever batch, worker or rank it comes in, which makes resume exact.
@@ -141,10 +141,13 @@ def draw_noise(seeds: Sequence[int], *, shape: Sequence[int]) -> NoiseDraw:
     Args:
         seeds: B seeds in [0, 2^63).
         shape: (C,h,w) of one image's latents.
+        offset: standard deviation of a shift common to all places of a channel, added to the noise.
     """
     noise, posterior = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn(*shape, generator=generator))
         posterior.append(torch.randn(*shape, generator=generator))
+        if offset:  # drawn last, so that the other two are the same with and without
+            noise[-1] = noise[-1] + offset * torch.randn(shape[0], 1, 1, generator=generator)
     return NoiseDraw(noise=torch.stack(noise), posterior_noise=torch.stack(posterior))

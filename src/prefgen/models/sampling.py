@@ -70,9 +70,28 @@ class SampleUsers:
                 this strength, and guidance leads away from them. At 0 it keeps those of the unknown user, at
                 ``scale``.
         """
-        rows = adapter.fusion.rows(parts)
         negative = negative_parts if negative_scale else None
-        without = torch.zeros_like(rows) if negative is None else adapter.fusion.rows(negative)
+        return SampleUsers.of_rows(
+            adapter,
+            rows=adapter.fusion.rows(parts),
+            scale=scale,
+            negative_rows=None if negative is None else adapter.fusion.rows(negative),
+            negative_scale=negative_scale,
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def of_rows(
+        adapter: UserAdapter,
+        *,
+        rows: Tensor,
+        scale: float | Sequence[float] = 1.0,
+        negative_rows: Tensor | None = None,
+        negative_scale: float = 0.0,
+    ) -> SampleUsers:
+        """:meth:`of` for rows (B,P,D) of ``UserFusion.rows``: users of whom different parts are known."""
+        negative = negative_rows if negative_scale else None
+        without = torch.zeros_like(rows) if negative is None else negative
         null_embeds, embeds = adapter.fusion(torch.cat([without, rows])).chunk(2)
         return SampleUsers(
             attention=adapter.attention,

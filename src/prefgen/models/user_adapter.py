@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
 from prefgen.models.artefact_file import ArtefactKind
 from prefgen.models.fusion import FusionShape, PartName, UserFusion, count_parameters
+from prefgen.models.projector import SemProjector
 from prefgen.models.user_attention import UserAttention
 
 KIND = ArtefactKind(name="user adapter", key="prefgen_user_adapter", version=1, stage="inject")
@@ -55,48 +57,6 @@ class UserAdapter(nn.Module):
         return {"fusion": count_parameters([self.fusion]), "attention": count_parameters([self.attention])}
 
 
-def to_ip_adapter_state(adapter: UserAdapter) -> dict[str, dict[str, Tensor]]:
-    """The adapter as IP-Adapter weights that a stock diffusers pipeline loads.
-
-    ``image_proj`` holds ``proj.*`` and ``norm.*``; ``ip_adapter`` holds ``N.to_k_ip.weight`` and
-    ``N.to_v_ip.weight`` with N = 1, 3, 5 .. in the order of the UNet's cross-attentions. A user is then
-    passed as ``ip_adapter_image_embeds=[fusion.rows(parts)]`` with the zero rows of ``fusion.null_rows``
-    before it under classifier-free guidance; ``user_scale`` is ``set_ip_adapter_scale``.
-    """
-    image_proj = {
-        name: tensor.detach().clone()
-        for name, tensor in adapter.fusion.state_dict().items()
-        if name.startswith(("proj.", "norm."))
-    }
-    ip_adapter = {}
-    for index, layer in enumerate(adapter.attention.branches):
-        ip_adapter[f"{2 * index + 1}.to_k_ip.weight"] = layer.to_k_user.weight.detach().clone()
-        ip_adapter[f"{2 * index + 1}.to_v_ip.weight"] = layer.to_v_user.weight.detach().clone()
-    return {"image_proj": image_proj, "ip_adapter": ip_adapter}
-
-
-def load_ip_adapter_state(adapter: UserAdapter, *, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """The way back: weights of an IP-Adapter of the form Linear + LayerNorm into an adapter.
-
-    Raises:
-        CheckpointError: a key is missing or left over, or a shape differs.
-    """
-    own = to_ip_adapter_state(adapter)
-    for group, tensors in own.items():
-        given = state.get(group, {})
-        odd = sorted(set(tensors) ^ set(given))
-        if odd:
-            raise CheckpointError(f"not an IP-Adapter for this UNet: {group}.{odd[0]} is missing or unknown")
-        for name, tensor in tensors.items():
-            if tensor.shape != given[name].shape:
-                got, needed = tuple(given[name].shape), tuple(tensor.shape)
-                raise CheckpointError(f"{group}.{name} has shape {got}, this UNet needs {needed}")
-    adapter.fusion.load_state_dict(dict(state["image_proj"]), strict=False)
-    for index, layer in enumerate(adapter.attention.branches):
-        layer.to_k_user.load_state_dict({"weight": state["ip_adapter"][f"{2 * index + 1}.to_k_ip.weight"]})
-        layer.to_v_user.load_state_dict({"weight": state["ip_adapter"][f"{2 * index + 1}.to_v_ip.weight"]})
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedUserAdapter:
     """What ``user_adapter.safetensors`` holds.
@@ -104,10 +64,12 @@ class LoadedUserAdapter:
     Attributes:
         adapter: frozen, in evaluation mode, not installed yet: ``adapter.attention.install()``.
         lineage: part -> hash of the models it depends on.
+        projector: sem into the text space, where the file carries one, as an exported file does.
     """
 
     adapter: UserAdapter
     lineage: dict[str, str]
+    projector: SemProjector | None = None
 
 
 def save_user_adapter(adapter: UserAdapter, *, path: Path, lineage: Mapping[str, str]) -> None:
@@ -126,6 +88,14 @@ def save_user_adapter(adapter: UserAdapter, *, path: Path, lineage: Mapping[str,
     KIND.write(path, tensors=adapter.state_dict(), header=header)
 
 
+def read_shape(header: Mapping[str, Any]) -> FusionShape:
+    """The fusion's shape from a header."""
+    shape = header["shape"]
+    return FusionShape(
+        parts=tuple(shape["parts"]), widths=tuple(shape["widths"]), cross_width=shape["cross_width"]
+    )
+
+
 def load_user_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
     """Read ``user_adapter.safetensors`` for a UNet.
 
@@ -134,8 +104,7 @@ def load_user_adapter(path: Path, *, unet: object) -> LoadedUserAdapter:
     """
     header, tensors = KIND.read(path)
     with KIND.fitting(path):
-        shape = {**header["shape"], "parts": tuple(header["shape"]["parts"])}
-        adapter = UserAdapter(unet, shape=FusionShape(**{**shape, "widths": tuple(shape["widths"])}))
+        adapter = UserAdapter(unet, shape=read_shape(header))
         if list(adapter.attention.names) != header["layers"]:
             raise CheckpointError(f"{path} was trained for a UNet of other layers; use the pipeline it names")
         adapter.load_state_dict(tensors)

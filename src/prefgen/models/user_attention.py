@@ -9,7 +9,7 @@ the processors read them at every denoising step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -143,6 +143,12 @@ class UserAttention(nn.Module):
         # In a tuple, so that nn.Module does not adopt the frozen UNet as a child and save it.
         self._unet = (unet,)
         self._installed: dict[str, Any] | None = None
+        self._switch: Callable[[bool], object] | None = None
+
+    def follow(self, switch: Callable[[bool], object]) -> None:
+        """Call ``switch`` with whether users are drawn for, now and whenever that changes."""
+        self._switch = switch
+        switch(self._users.scale is not None)
 
     @property
     def branches(self) -> list[UserKeyValue]:
@@ -221,6 +227,8 @@ class UserAttention(nn.Module):
         self._users.scale = scale.to(user_embeds.device).view(-1, 1, 1)
         self._users.step_factor, self._users.layer_factors = 1.0, factors
         self._users.keys_and_values = [layer(user_embeds) for layer in self.layers]
+        if self._switch is not None:
+            self._switch(True)
 
     def rescale(self, factor: float) -> None:
         """From the next step on every ``user_scale`` is what was set, times this; keys and values stay."""
@@ -230,6 +238,8 @@ class UserAttention(nn.Module):
         """No users: the base model."""
         self._users.scale = None
         self._users.keys_and_values = []
+        if self._switch is not None:
+            self._switch(False)
 
     @contextlib.contextmanager
     def conditioned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +14,11 @@ from prefgen.models.fusion import FusionShape
 from prefgen.models.lora import add_lora, save_lora
 from prefgen.models.mllm import MLLM
 from prefgen.models.probes import LayerChoice, choice_to_json
-from prefgen.models.projector import ProjectorShape, SemProjector, save_projector
+from prefgen.models.projector import ProjectorShape, SemProjector, load_projector, save_projector
 from prefgen.models.readout import fit_readout, save_readout
+from prefgen.models.user_adapter import KIND as ADAPTER_KIND
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
+from prefgen.profile import PROFILE_PARTS, TENSORS, ProfileCounts, UserProfile
 from prefgen.testing.data import HUES
 from prefgen.testing.diffusion import TINY_IMAGE_DIM, TINY_TEXT_DIM, save_tiny_pipeline
 from prefgen.testing.mllm import tiny_mllm
@@ -59,6 +62,24 @@ def save_tiny_artefacts(folder: Path, *, seed: int = 0) -> Path:
         save_readout(readout, path=folder / "attribute_readout.safetensors")
         _save_random_adapter(folder, core_width=width, lineage=lineage)
     return folder
+
+
+def random_profile(folder: Path, *, seed: int) -> UserProfile:
+    """A profile of random numbers that the adapter of :func:`save_tiny_artefacts` reads; no MLLM is asked."""
+    header, _ = ADAPTER_KIND.read(folder / "user_adapter.safetensors")
+    projector = load_projector(folder / "projector.safetensors").projector
+    widths = dict(zip(header["shape"]["parts"], header["shape"]["widths"], strict=True))
+    widths["sem"] = projector.shape.sem_width
+    generator = torch.Generator().manual_seed(seed)
+    made_by = {name: value for name, value in header["lineage"].items() if name in PROFILE_PARTS}
+    tensors: dict[str, Any] = {
+        name: torch.randn(widths[name.split("_")[0]], generator=generator) for name in TENSORS
+    }
+    return UserProfile(
+        **tensors,
+        counts=ProfileCounts(liked=3, disliked=2, draws=8),
+        lineage=made_by,
+    )
 
 
 def _save_random_lora(folder: Path) -> int:

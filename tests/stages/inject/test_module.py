@@ -220,3 +220,67 @@ def test_the_initial_weights_depend_on_the_seed_alone(make_config):
     other = InjectModule(make_config("seed=5"))
     assert torch.equal(first.adapter.fusion.proj.weight, second.adapter.fusion.proj.weight)
     assert not torch.equal(first.adapter.fusion.proj.weight, other.adapter.fusion.proj.weight)
+
+
+def test_training_starts_from_an_ip_adapter(make_config, workdir, tmp_path):
+    """With the image alone the start is the IP-Adapter itself, statistics and all, and a resume keeps it."""
+    import stock_ip_adapter
+
+    path = tmp_path / "theirs.safetensors"
+    stock_ip_adapter.make(
+        workdir / "pipeline",
+        path,
+        image_width=12,
+        prompts=["a fox"],
+        seeds=[1],
+        steps=1,
+        guidance_scale=3.0,
+        scale=1.0,
+    )
+    config = make_config(
+        f"model.init_adapter={path}", "model.parts=[image]", "trainer.max_steps=1", "optim.learning_rate=0"
+    )
+    module = run_fit(config)
+    with safe_open(path, framework="pt") as file:
+        expected = file.get_tensor("ip_adapter.1.to_k_ip.weight")
+        weight = file.get_tensor("image_proj.proj.weight")
+    assert torch.equal(module.adapter.attention.branches[0].to_k_user.weight, expected)
+    assert torch.equal(module.adapter.fusion.proj.weight, weight)
+    assert not bool(module.adapter.fusion.mean.any())
+    assert "init_adapter" in module.lineage
+    three = make_config(f"model.init_adapter={path}", "trainer.max_steps=1", f"run_dir={tmp_path / 'three'}")
+    assert [i.key for i in three.required_inputs()][-1] == "model.init_adapter"
+    module = run_fit(three)
+    spans = dict(module.adapter.fusion.shape.spans())
+    assert bool(module.adapter.fusion.mean[spans["core"]].any())
+    assert not bool(module.adapter.fusion.mean[spans["image"]].any())
+
+
+def test_sdxl_trains_through_the_same_bundle(make_config, tmp_path):
+    """Two text encoders, pooled text, time ids, a float32 VAE beside a bfloat16 UNet, a size of its own."""
+    from prefgen.testing.diffusion import save_tiny_sdxl
+
+    config = make_config(
+        f"model.pipeline={save_tiny_sdxl(tmp_path / 'xl')}",
+        "model.frozen_dtype=bfloat16",
+        "trainer.precision=bf16-mixed",
+        "trainer.max_steps=3",
+        "data.image_size=24",
+        "data.max_eval_users=4",
+        "inject.sample_every_n_steps=1",
+        "inject.text_drop_rate=0.5",
+    )
+    module = run_fit(config)
+    bundle = module.bundle
+    assert bundle.cross_width == 32
+    assert bundle.zero_empty_text
+    assert bundle.latent_shape == (4, 12, 12)
+    assert (bundle.vae.dtype, bundle.unet.dtype) == (torch.float32, torch.bfloat16)
+    batch = training_batches(config, module, 1)[0]
+    assert batch.pixels.shape[-2:] == (24, 24)
+    noised = module._noised(batch)
+    empty = torch.tensor([not prompt for prompt in batch.prompts])
+    assert not bool(noised.text.hidden[empty].any()), "SDXL's base was trained with zeros for no prompt"
+    ids = bundle._added(noised.text, latents=noised.latents)["time_ids"]
+    assert ids[0].tolist() == [24, 24, 0, 0, 24, 24]
+    assert list((tmp_path / "run" / "samples").glob("*.png"))

@@ -21,6 +21,13 @@ class InjectDataConfig(DataConfig):
     """Folder of history shards, written by 'prefgen data build'."""
     embeddings: str = "${workdir}/embeddings"
     """Folder of embedding shards, written by 'prefgen predict --stage probe'."""
+    image_size: int | None = None
+    """Pixels on a side of the targets; null takes the pipeline's own."""
+    max_aspect_ratio: float = 1.0
+    """Largest ratio of a target's sides. Above 1 targets keep their shape as nearly as sizes of about the
+    same number of pixels allow, and a batch holds one size; 1 cuts all to the pipeline's shape."""
+    encoded: str | None = None
+    """Folder of latents and texts, written by 'prefgen data encode'; null encodes while training."""
     cache: Literal["memory", "disk"] = "memory"
     """Hold all users' encoded pictures and embeddings in memory, or read each when it is needed."""
     cache_latents: bool = True
@@ -38,6 +45,8 @@ class InjectDataConfig(DataConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
+        at_least("data.image_size", self.image_size, minimum=8)
+        at_least("data.max_aspect_ratio", self.max_aspect_ratio, minimum=1)
         at_least("data.max_cached", self.max_cached, minimum=0)
         at_least("data.max_users", self.max_users, minimum=0)
         at_least("data.max_eval_users", self.max_eval_users, minimum=2)
@@ -56,6 +65,9 @@ class InjectModelConfig:
     parts: tuple[str, ...] = PARTS
     """Rows of the fusion, four tokens each: aligned, core, image. A part may come more than once:
     image,image,image is the image-only adapter with as many tokens."""
+    init_adapter: str | None = None
+    """Adapter to start from: an IP-Adapter's .safetensors file, or one that prefgen wrote; null starts from
+    the frozen text projections. Parts that the file does not know start as if nothing was known."""
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen pipeline."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -64,9 +76,13 @@ class InjectModelConfig:
     """Layout of the convolutions; channels_last is the faster one on CPUs and new GPUs."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of storing them."""
+    text_lora_rank: int = 0
+    """Rank of a LoRA on the text cross-attention, trained along and in force only where users are; 0 trains
+    none. Written beside the adapter."""
 
     def __post_init__(self) -> None:
         """Check the parts."""
+        at_least("model.text_lora_rank", self.text_lora_rank, minimum=0)
         if given(*self.parts):
             unknown = [part for part in self.parts if part not in PARTS]
             require(not unknown, f"model.parts: {unknown[:1]} is not one of {', '.join(PARTS)}")
@@ -87,6 +103,9 @@ class InjectLossConfig:
     """Rate at which each part is dropped by itself, independently of the others."""
     min_snr_gamma: float | None = None
     """Bound on a timestep's weight in signal-to-noise ratio, e.g. 5; null weighs all alike."""
+    noise_offset: float = 0.0
+    """Standard deviation of a shift common to all places of a channel, added to the noise: pictures of very
+    dark or light mean become easier. Of no use with zero terminal signal-to-noise ratio."""
     sample_every_n_steps: int = 500
     """Draw the picture grid at the first validation after so many more steps; 0 never does."""
     num_sample_users: int = 3
@@ -111,6 +130,7 @@ class InjectLossConfig:
             require(sum(values) < 1, f"{named} = {sum(values):g} must be below 1")
         if self.min_snr_gamma is not None and given(self.min_snr_gamma):
             require(self.min_snr_gamma > 0, f"inject.min_snr_gamma={self.min_snr_gamma} must be above 0")
+        at_least("inject.noise_offset", self.noise_offset, minimum=0)
         at_least("inject.sample_every_n_steps", self.sample_every_n_steps, minimum=0)
         for name in ("num_sample_users", "num_sample_prompts", "sample_steps"):
             at_least(f"inject.{name}", getattr(self, name), minimum=1)
@@ -140,6 +160,25 @@ class InjectConfig(StageConfig):
                     path=self.model.projector,
                     what="projector",
                     made_by=f"prefgen fit --stage align workdir={self.workdir}",
+                )
+            )
+        if self.data.encoded is not None:
+            inputs.append(
+                RequiredInput(
+                    key="data.encoded",
+                    path=self.data.encoded,
+                    what="encoded shards",
+                    made_by=f"prefgen data encode --out {self.data.encoded} workdir={self.workdir}",
+                    member="index.json",
+                )
+            )
+        if self.model.init_adapter is not None:
+            inputs.append(
+                RequiredInput(
+                    key="model.init_adapter",
+                    path=self.model.init_adapter,
+                    what="adapter",
+                    made_by="prefgen export --format ip-adapter",
                 )
             )
         return tuple(inputs)

@@ -5,7 +5,6 @@ Target and e_img come from outside the chosen draw's references; see :mod:`prefg
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,27 +13,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 
-from prefgen.config import resolve_path
-from prefgen.data.embeddings import EmbeddingReader
+from prefgen.data.buckets import Size
+from prefgen.data.encoded import ARRAYS, EncodedImage
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import decode_image
 from prefgen.data.sampling import rng_for
-from prefgen.data.targets import MIN_OUTSIDE, TargetReader, TargetUser, choose
-from prefgen.errors import DataError
+from prefgen.data.targets import choose
 from prefgen.models.pixels import to_pixels
 from prefgen.schema import Split
 from prefgen.stages.inject.config import InjectConfig, InjectLossConfig
-
-log = logging.getLogger(__name__)
+from prefgen.stages.inject.users import InjectUsers
 
 
 class InjectBatch(NamedTuple):
     """B examples.
 
     Attributes:
-        pixels: (B,3,H,W) targets in [-1,1].
+        pixels: (B,3,H,W) targets in [-1,1]; None where they come encoded.
         prompts: B subjects, "" where the text is dropped.
         sem: (B,Dsem) of the chosen draws; the module makes ``aligned`` of them.
         core: (B,Dcore).
@@ -45,9 +43,12 @@ class InjectBatch(NamedTuple):
         keys: image keys of the targets.
         anchor_keys: image keys of e_img.
         references: image keys of the chosen draws.
+        moments: (B,2,C,h,w) the targets' posteriors, where they come encoded.
+        hidden: (B,T,Dcross) their prompts, dropped ones too, likewise.
+        pooled: (B,Dtext) likewise.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     prompts: tuple[str, ...]
     sem: Tensor
     core: Tensor
@@ -58,13 +59,21 @@ class InjectBatch(NamedTuple):
     keys: tuple[str, ...]
     anchor_keys: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
+    moments: Tensor | None = None
+    hidden: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InjectExample:
-    """One row of an :class:`InjectBatch`; ``picture`` is still encoded."""
+    """One row of an :class:`InjectBatch`.
+
+    The target comes as a file, to be decoded to the size of its bucket, or as the pipeline has encoded it.
+    """
 
     picture: bytes
+    encoded: EncodedImage | None
+    bucket: int
     where: str
     prompt: str
     sem: Tensor
@@ -78,50 +87,12 @@ class InjectExample:
     references: tuple[str, ...]
 
 
-class InjectUsers:
-    """Users of a split that have a draw to learn from."""
-
-    def __init__(self, config: InjectConfig, *, split: Split) -> None:
-        """Look at every user once.
-
-        Raises:
-            DataError: no user has two liked pictures outside a draw's references.
-        """
-        data = config.data
-        self._reader = TargetReader(
-            embeddings=resolve_path(data.embeddings), shards=resolve_path(data.shards), split=split
-        )
-        limit = data.max_users if split == "train" else data.max_eval_users
-        self._rows: list[int] = []
-        self._users: list[TargetUser] | None = [] if data.cache == "memory" else None
-        num_skipped = 0
-        for row in range(len(self._reader)):
-            if limit and len(self._rows) == limit:
-                break
-            user = self._reader[row]
-            if not user.draws:
-                num_skipped += 1
-                continue
-            self._rows.append(row)
-            if self._users is not None:
-                self._users.append(user)
-        if not self._rows:
-            raise DataError(
-                f"no {split} user in {data.embeddings} has {MIN_OUTSIDE} liked images outside a reference "
-                "draw: give users more liked images, or predict embeddings with fewer references"
-            )
-        if num_skipped:
-            log.warning("%d %s users without a usable draw are left out", num_skipped, split)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> TargetUser:
-        return self._users[index] if self._users is not None else self._reader[self._rows[index]]
-
-
 class InjectDataset:
-    """One example per user and epoch, a pure function of (seed, epoch, user)."""
+    """One example per user and epoch, a pure function of (seed, epoch, user).
+
+    Attributes:
+        num_groups: sizes that targets may have; a batch holds one.
+    """
 
     def __init__(
         self, users: InjectUsers, *, seed: int, drops: InjectLossConfig | None, purpose: str
@@ -136,23 +107,40 @@ class InjectDataset:
             purpose: names the stream of draws.
         """
         self._users, self._seed, self._drops, self._purpose = users, seed, drops, purpose
+        self.num_groups = users.num_buckets
 
     def __len__(self) -> int:
         return len(self._users)
+
+    def _rng(self, user_id: str, *, epoch: int) -> np.random.Generator:
+        return rng_for(seed=self._seed, epoch=epoch, key=user_id, purpose=self._purpose)
+
+    def groups(self, *, epoch: int) -> NDArray[np.int64]:
+        """Bucket of each user's target in an epoch: the choice of :meth:`example`, made beforehand."""
+        found = [
+            self._users.choose(index, rng=self._rng(user_id, epoch=epoch))
+            for index, user_id in enumerate(self._users.user_ids)
+        ]
+        return np.asarray(found, dtype=np.int64)
 
     def example(self, index: int, *, epoch: int) -> InjectExample:
         """Choose, drop, and seed the noise."""
         user = self._users[index]
         embeddings = user.embeddings
-        rng = rng_for(seed=self._seed, epoch=epoch, key=embeddings.user_id, purpose=self._purpose)
+        rng = self._rng(embeddings.user_id, epoch=epoch)
         choice = choose(embeddings, draws=user.draws, rng=rng)
         position = user.position(choice.target)
         keep, keep_text = _draw_drops(self._drops, rng=rng)
         time = float(rng.random()) if self._drops is not None else (index + 0.5) / len(self)
+        encoded = self._users.encoded
+        item = None if encoded is None else encoded.image(embeddings.user_id, position=position)
+        prompt = user.prompts[position] if item is None else item.prompt
         return InjectExample(
-            picture=user.pictures[position],
+            picture=user.pictures[position] if item is None else b"",
+            encoded=item,
+            bucket=self._users.bucket(index, row=choice.target),
             where=f"{user.where}: liked image {position}",
-            prompt=user.prompts[position] if keep_text else "",
+            prompt=prompt if keep_text else "",
             sem=torch.from_numpy(embeddings.sem[choice.draw]),
             core=torch.from_numpy(embeddings.core[choice.draw]),
             image=torch.from_numpy(embeddings.image[choice.anchor]),
@@ -180,11 +168,10 @@ def _draw_drops(drops: InjectLossConfig | None, *, rng: np.random.Generator) -> 
     return keep, not drop_text
 
 
-def collate(examples: Sequence[InjectExample], *, image_size: tuple[int, int]) -> InjectBatch:
-    """Decode the pictures and stack; runs in the workers."""
-    images = [decode_image(example.picture, where=example.where) for example in examples]
+def collate(examples: Sequence[InjectExample], *, sizes: Sequence[Size]) -> InjectBatch:
+    """Decode the pictures to the size of their bucket and stack; runs in the workers."""
     return InjectBatch(
-        pixels=to_pixels(images, size=image_size),
+        **_targets(examples, sizes=sizes),
         prompts=tuple(example.prompt for example in examples),
         sem=torch.stack([example.sem for example in examples]),
         core=torch.stack([example.core for example in examples]),
@@ -198,42 +185,13 @@ def collate(examples: Sequence[InjectExample], *, image_size: tuple[int, int]) -
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingFacts:
-    """What is known of embedding shards before training.
-
-    Attributes:
-        sem_width: Dsem.
-        core_width: Dcore.
-        image_width: Dimage.
-        lineage: part -> hash of the models that made them.
-    """
-
-    sem_width: int
-    core_width: int
-    image_width: int
-    lineage: dict[str, str]
-
-
-def read_facts(config: InjectConfig) -> EmbeddingFacts:
-    """Look at the first training user.
-
-    Raises:
-        DataError: there is no training user.
-    """
-    reader = EmbeddingReader(resolve_path(config.data.embeddings), split="train")
-    if not len(reader):
-        raise DataError(
-            f"no training users in {config.data.embeddings}; predict embeddings of that split too"
-        )
-    first = reader[0]
-    assert first is not None
-    return EmbeddingFacts(
-        sem_width=first.sem.shape[1],
-        core_width=first.core.shape[1],
-        image_width=first.image.shape[1],
-        lineage={name: value for name, value in reader.header.items() if isinstance(value, str)},
-    )
+def _targets(examples: Sequence[InjectExample], *, sizes: Sequence[Size]) -> dict[str, Tensor | None]:
+    encoded = [example.encoded for example in examples if example.encoded is not None]
+    if not encoded:
+        images = [decode_image(example.picture, where=example.where) for example in examples]
+        return {"pixels": to_pixels(images, size=sizes[examples[0].bucket])}
+    stacked = {name: torch.from_numpy(np.stack([getattr(item, name) for item in encoded])) for name in ARRAYS}
+    return {"pixels": None, **stacked}
 
 
 class InjectData(LightningDataModule):
@@ -254,8 +212,16 @@ class InjectData(LightningDataModule):
     def users(self, split: Split) -> InjectUsers:
         """Users of a split, read when first asked for."""
         if split not in self._splits:
-            self._splits[split] = InjectUsers(self.config, split=split)
+            self._splits[split] = InjectUsers(self.config, split=split, buckets=self.sizes())
         return self._splits[split]
+
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of the targets: the one given, or those of the module."""
+        if self._image_size is not None:
+            return (self._image_size,)
+        assert self.trainer is not None
+        sizes: tuple[Size, ...] = self.trainer.lightning_module.buckets
+        return sizes
 
     def statistics(self, *, max_rows: int = 4096) -> dict[str, Tensor]:
         """Rows (N,D) of ``sem``, ``core`` and ``image`` of training users, for fixed standardisation."""
@@ -291,10 +257,6 @@ class InjectData(LightningDataModule):
             drops=config.inject if train else None,
             purpose=f"inject {split}",
         )
-        size = self._image_size
-        if size is None:
-            assert trainer is not None
-            size = trainer.lightning_module.bundle.image_size
         return ResumableLoader(
             dataset,
             batch_size=config.data.batch_size,
@@ -302,7 +264,7 @@ class InjectData(LightningDataModule):
             shuffle=train,
             drop_last=train,
             num_workers=config.loader.num_workers if train else 0,
-            collate_fn=partial(collate, image_size=size),
+            collate_fn=partial(collate, sizes=self.sizes()),
             rank=int(trainer.global_rank) if trainer is not None else 0,
             world_size=int(trainer.world_size) if trainer is not None else 1,
             name=f"{split} users",

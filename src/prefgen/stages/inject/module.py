@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -13,19 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.config import resolve_path
-from prefgen.data.embeddings import check_lineage
-from prefgen.errors import CheckpointError
-from prefgen.lineage import hash_file, hash_folder
-from prefgen.models.diffusion import DiffusionBundle, LatentMoments, TextCondition
+from prefgen.lineage import hash_file
+from prefgen.models.diffusion import LatentMoments, TextCondition
 from prefgen.models.fusion import FusionShape, PartName
+from prefgen.models.ip_adapter import begin_from
 from prefgen.models.noise import draw_noise, noise_loss
-from prefgen.models.pixels import to_uint8
-from prefgen.models.projector import SemProjector, load_projector
+from prefgen.models.pixels import to_pil, to_pixels, to_uint8
 from prefgen.models.sampling import SampleUsers, sample
+from prefgen.models.text_lora import TEXT_LORA_FILE, add_text_lora, save_text_lora, switch_text_lora
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 from prefgen.stages.base import StageModule
 from prefgen.stages.inject.config import PARTS, InjectConfig
-from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, read_facts
+from prefgen.stages.inject.data import InjectBatch, InjectData
+from prefgen.stages.inject.frozen import buckets_of, check_encoded, load_aligner, load_bundle
+from prefgen.stages.inject.users import EmbeddingFacts, read_facts
 
 ARTEFACT = "user_adapter.safetensors"
 
@@ -61,6 +63,8 @@ class InjectModule(StageModule):
         self.config = config
         facts = read_facts(config)
         self.bundle = load_bundle(config)
+        self.buckets = buckets_of(config, bundle=self.bundle)
+        check_encoded(config, buckets=self.buckets)
         # As submodules, so that Lightning moves them; on_save_checkpoint leaves them out.
         for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
             setattr(self, f"frozen_{name}", getattr(self.bundle, name))
@@ -69,6 +73,17 @@ class InjectModule(StageModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.adapter = UserAdapter(self.bundle.unet, shape=self._shape(facts))
+        self._given_parts: frozenset[PartName] = frozenset()
+        if config.model.init_adapter is not None:
+            start = resolve_path(config.model.init_adapter)
+            self._given_parts = begin_from(self.adapter, path=start)
+            self.lineage["init_adapter"] = hash_file(start)
+        if config.model.text_lora_rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                add_text_lora(self.bundle.unet, rank=config.model.text_lora_rank)
+            self.adapter.attention.follow(partial(switch_text_lora, self.bundle.unet))
+        self._first_mean = self.adapter.fusion.mean.clone()
         self.adapter.attention.install()
         if config.model.gradient_checkpointing:
             self.bundle.unet.enable_gradient_checkpointing()
@@ -92,12 +107,16 @@ class InjectModule(StageModule):
         Also before the validation that comes ahead of training: raw hidden states would make other tokens of
         every user than those training starts from. A checkpoint to resume from replaces them afterwards.
         """
-        if stage not in ("fit", "validate") or bool(self.adapter.fusion.mean.any()):
+        brought = not torch.equal(self.adapter.fusion.mean.cpu(), self._first_mean)
+        if stage not in ("fit", "validate") or brought:
             return
         data = self.trainer.datamodule
         assert isinstance(data, InjectData)
         rows = data.statistics()
-        self.adapter.fusion.standardise(self._parts(sem=rows["sem"], core=rows["core"], image=rows["image"]))
+        parts = self._parts(sem=rows["sem"], core=rows["core"], image=rows["image"])
+        self.adapter.fusion.standardise(
+            {name: value for name, value in parts.items() if name not in self._given_parts}
+        )
 
     @torch.no_grad()
     def _parts(self, *, sem: Tensor, core: Tensor, image: Tensor) -> dict[PartName, Tensor]:
@@ -144,16 +163,19 @@ class InjectModule(StageModule):
     def _noised(self, batch: InjectBatch) -> Noised:
         """The targets of a batch, noised as each example's seed and time say."""
         schedule = self.bundle.schedule
-        draw = draw_noise(batch.noise_seeds, shape=self._latent_shape(batch))
+        moments = self.moments(batch)
+        draw = draw_noise(
+            batch.noise_seeds, shape=moments.mean.shape[1:], offset=self.config.inject.noise_offset
+        )
         noise = draw.noise.to(self.device)
         timesteps = (batch.times * len(schedule)).long()
-        latents = self.bundle.draw_latents(self.moments(batch), noise=draw.posterior_noise)
+        latents = self.bundle.draw_latents(moments, noise=draw.posterior_noise)
         return Noised(
             latents=latents,
             noise=noise,
             noisy=schedule.add(latents, noise=noise, timesteps=timesteps),
             timesteps=timesteps,
-            text=self.texts(batch.prompts),
+            text=self.text_of(batch),
         )
 
     def _losses(self, noised: Noised, *, users: Tensor | None) -> Tensor:
@@ -171,11 +193,6 @@ class InjectModule(StageModule):
             min_snr_gamma=self.config.inject.min_snr_gamma,
         )
 
-    def _latent_shape(self, batch: InjectBatch) -> tuple[int, int, int]:
-        factor = self.bundle.vae_factor
-        height, width = batch.pixels.shape[-2:]
-        return self.bundle.latent_shape[0], height // factor, width // factor
-
     # Frozen encoders, each input once
 
     def moments(self, batch: InjectBatch) -> LatentMoments:
@@ -184,6 +201,9 @@ class InjectModule(StageModule):
         Kept ones are encoded alone: products of another batch size round differently, and a resumed run,
         whose memory is empty, would not be the run it goes on from.
         """
+        if batch.moments is not None:
+            return LatentMoments(mean=batch.moments[:, 0], std=batch.moments[:, 1])
+        assert batch.pixels is not None
         with torch.autocast(self.device.type, enabled=False):
             if not self.config.data.cache_latents:
                 return self.bundle.encode_moments(batch.pixels)
@@ -197,6 +217,15 @@ class InjectModule(StageModule):
         if len(self._moments) < self.config.data.max_cached:
             self._moments[key] = moments
         return moments
+
+    def text_of(self, batch: InjectBatch) -> TextCondition:
+        """Encoded prompts of a batch, no prompt where the text is dropped."""
+        if batch.hidden is None or batch.pooled is None:
+            return self.texts(batch.prompts)
+        dtype = self.bundle.text_encoder.dtype
+        text = TextCondition(hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype))
+        with torch.autocast(self.device.type, enabled=False):
+            return _without_dropped(text, prompts=batch.prompts, nothing=self._text(""))
 
     def texts(self, prompts: Sequence[str]) -> TextCondition:
         """Encoded prompts, an empty one as no prompt is at generation; kept as :meth:`moments` are."""
@@ -215,11 +244,7 @@ class InjectModule(StageModule):
 
     def _encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         text, nothing = self.bundle.encode_text(prompts), self.bundle.encode_nothing(1)
-        empty = torch.tensor([not prompt for prompt in prompts], device=text.hidden.device)
-        return TextCondition(
-            hidden=torch.where(empty[:, None, None], nothing.hidden, text.hidden),
-            pooled=torch.where(empty[:, None], nothing.pooled, text.pooled),
-        )
+        return _without_dropped(text, prompts=prompts, nothing=nothing)
 
     # Pictures while training
 
@@ -266,12 +291,23 @@ class InjectModule(StageModule):
             num_steps=settings.sample_steps,
             guidance_scale=settings.sample_guidance,
         )
-        blank = torch.ones_like(batch.pixels[:1])
-        top = torch.cat([blank, batch.pixels[:count]]).to(drawn)
+        shown = self._shown(batch, count=count)
+        top = torch.cat([torch.ones_like(shown[:1]), shown]).to(drawn)
         tiles = to_uint8(torch.cat([top, drawn]))
         height, width = tiles.shape[1:3]
         grid = tiles.reshape(rows + 1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
         return grid.reshape((rows + 1) * height, columns * width, 3)
+
+    def _shown(self, batch: InjectBatch, *, count: int) -> Tensor:
+        """(count,3,H,W) the first targets, at the size that is drawn."""
+        pixels = batch.pixels
+        if pixels is None:
+            moments = self.moments(batch)
+            latents = self.bundle.draw_latents(moments, noise=torch.zeros_like(moments.mean))
+            pixels = self.bundle.decode_latents(latents[:count])
+        if pixels.shape[-2:] == self.bundle.image_size:
+            return pixels[:count]
+        return to_pixels(to_pil(pixels[:count]), size=self.bundle.image_size)
 
     # Artefact
 
@@ -279,70 +315,14 @@ class InjectModule(StageModule):
         """Write ``user_adapter.safetensors``: trained parts and fixed statistics, with their lineage."""
         path = run_dir / ARTEFACT
         save_user_adapter(self.adapter, path=path, lineage=self.lineage)
+        if self.config.model.text_lora_rank:
+            save_text_lora(self.bundle.unet, path=run_dir / TEXT_LORA_FILE)
         return path
 
 
-def load_bundle(config: InjectConfig) -> DiffusionBundle:
-    """The frozen pipeline of a configuration."""
-    model = config.model
-    return DiffusionBundle.load(
-        str(resolve_path(model.pipeline)),
-        dtype=getattr(torch, model.frozen_dtype),
-        vae_dtype=getattr(torch, model.vae_dtype),
-        image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
-        memory_format=model.memory_format,
+def _without_dropped(text: TextCondition, *, prompts: Sequence[str], nothing: TextCondition) -> TextCondition:
+    empty = torch.tensor([not prompt for prompt in prompts], device=text.hidden.device)
+    return TextCondition(
+        hidden=torch.where(empty[:, None, None], nothing.hidden, text.hidden),
+        pooled=torch.where(empty[:, None], nothing.pooled, text.pooled),
     )
-
-
-def load_aligner(
-    config: InjectConfig, *, facts: EmbeddingFacts
-) -> tuple[SemProjector | None, dict[str, str]]:
-    """The projector, where ``aligned`` is a part, and the lineage of what will be trained.
-
-    Raises:
-        CheckpointError: projector and embeddings come from different models.
-    """
-    lineage = dict(facts.lineage)
-    pipeline = resolve_path(config.model.pipeline)
-    if (pipeline / "unet").is_dir():
-        lineage["unet"] = hash_folder(pipeline / "unet")
-    if "image" in config.model.parts:
-        _check_image_encoder(config, lineage=lineage)
-    if "aligned" not in config.model.parts:
-        return None, lineage
-    path = resolve_path(config.model.projector)
-    loaded = load_projector(path)
-    # The text encoder is no part of the embeddings; it is compared with the pipeline's own below.
-    expected = {name: value for name, value in loaded.lineage.items() if name != "text_encoder"}
-    check_lineage(
-        facts.lineage,
-        expected=expected,
-        where=f"{config.data.embeddings} beside {path}",
-        mend=f"run 'prefgen fit --stage align workdir={config.workdir}' on these embeddings",
-    )
-    part = loaded.text.get("text_encoder", "text_encoder")
-    if "text_encoder" in loaded.lineage and (pipeline / part).is_dir():
-        lineage["text_encoder"] = hash_folder(pipeline / part)
-        if lineage["text_encoder"] != loaded.lineage["text_encoder"]:
-            raise CheckpointError(
-                f"{path} maps into the text space of another pipeline than {config.model.pipeline}; run "
-                f"'prefgen fit --stage align workdir={config.workdir}' with this model.pipeline"
-            )
-    if loaded.projector.shape.sem_width != facts.sem_width:
-        raise CheckpointError(
-            f"{path} takes sem embeddings of width {loaded.projector.shape.sem_width}, but "
-            f"{config.data.embeddings} holds {facts.sem_width}; fit stage align on these embeddings"
-        )
-    return loaded.projector, {**lineage, "projector": hash_file(path)}
-
-
-def _check_image_encoder(config: InjectConfig, *, lineage: Mapping[str, str]) -> None:
-    own = config.model.image_encoder
-    folder = resolve_path(config.model.pipeline) / "image_encoder" if own is None else resolve_path(own)
-    if "image_encoder" in lineage and folder.is_dir():
-        check_lineage(
-            lineage,
-            expected={"image_encoder": hash_folder(folder)},
-            where=f"{config.data.embeddings} beside {folder}",
-            mend="pass the image encoder of the embeddings as model.image_encoder, or predict them again",
-        )
