@@ -12,13 +12,13 @@ iterator goes on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from prefgen.data.order import epoch_order, fingerprint, rank_share
+from prefgen.data.order import epoch_order, fingerprint, rank_positions, rank_share
 from prefgen.data.reader import OnBad, SkipCounter
 from prefgen.data.workers import (
     BatchPlan,
@@ -26,6 +26,7 @@ from prefgen.data.workers import (
     ExampleDataset,
     Examples,
     Packet,
+    StallWatch,
     start_worker,
     stop_workers,
 )
@@ -35,6 +36,7 @@ T = TypeVar("T")
 B = TypeVar("B")
 
 STATE_VERSION = 1
+_SPLIT_KEYS = ("batch_size", "world_size")
 
 
 class ResumableLoader(Generic[T, B]):
@@ -62,6 +64,7 @@ class ResumableLoader(Generic[T, B]):
         limit_batches: int | None = None,
         on_bad: OnBad = "raise",
         prefetch_factor: int = 2,
+        stall_seconds: int = 0,
         multiprocessing_context: str | None = None,
         name: str = "samples",
     ) -> None:
@@ -76,12 +79,16 @@ class ResumableLoader(Generic[T, B]):
             drop_last: leave out an incomplete last batch.
             num_workers: processes; 0 works in this one. Never changes what comes.
             collate_fn: list of examples -> batch; a module-level function or object.
-            rank: this process among ``world_size``.
+            rank: this process among ``world_size``. In training the ranks' batches lie side by side in the
+                order: W ranks with batches of B see the global batches of one process with batches of W x B.
+                With ``window_shards`` every rank reads a part of its own instead.
             world_size: number of processes that share the data.
             window_shards: shuffle inside windows of so many shards; the data set must have ``shard_sizes``.
             limit_batches: end every epoch after so many batches.
             on_bad: let a sample's DataError pass, or leave the sample out, count and log it (smaller batch).
             prefetch_factor: batches every worker prepares ahead.
+            stall_seconds: how long a batch may take. Then workers count as stuck, a DataError; without
+                workers a warning says what is waited for. 0 waits for ever.
             multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
             name: what the samples are called in messages, such as "users of split train".
 
@@ -102,6 +109,8 @@ class ResumableLoader(Generic[T, B]):
         self._limit_batches = limit_batches
         self._skips = SkipCounter()
         self._moves = 0
+        self._stall_seconds = stall_seconds
+        self._watch = StallWatch(seconds=0 if num_workers else stall_seconds)
         self._check(name)
         self._plan = BatchPlan()
         self._loader: DataLoader[Any] = DataLoader(
@@ -113,6 +122,7 @@ class ResumableLoader(Generic[T, B]):
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
+            timeout=stall_seconds if num_workers else 0,
             # torch draws a base seed for each pass; from the global generator, dropout would depend on how
             # often the loader was started, and a resumed run would differ.
             generator=torch.Generator().manual_seed(seed),
@@ -156,13 +166,17 @@ class ResumableLoader(Generic[T, B]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Seek. The state may come from any rank and from any number of workers.
+        """Seek. The state may come from any rank and any number of workers.
+
+        It may also come from another number of ranks, if ranks x batch size is the same and the order is not
+        in windows: the global batches are then the same ones.
 
         Raises:
-            CheckpointError: the state is of another order: other data, seed, batch size or number of ranks.
+            CheckpointError: the state is of another order: other data, seed, or samples a step.
         """
+        self._check_global_batch(state)
         for key, mine in {"version": STATE_VERSION, **self._identity()}.items():
-            if state.get(key) != mine:
+            if state.get(key) != mine and not (key in _SPLIT_KEYS and self._by_turns):
                 raise CheckpointError(
                     f"the data position in the checkpoint was saved with {key}={state.get(key)!r}, but this "
                     f"run has {key}={mine!r}; exact resume needs the same {key}"
@@ -173,6 +187,18 @@ class ResumableLoader(Generic[T, B]):
                 f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
             )
         self._move(epoch=epoch, batches_done=done)
+
+    def _check_global_batch(self, state: dict[str, Any]) -> None:
+        parts = {key: state.get(key) for key in _SPLIT_KEYS}
+        saved = [value for value in parts.values() if isinstance(value, int)]
+        if not self._by_turns or (len(saved) == 2 and saved[0] * saved[1] == self._global_batch):
+            return
+        was = " and ".join(f"{key}={value!r}" for key, value in parts.items())
+        raise CheckpointError(
+            f"the data position in the checkpoint was saved with {was}, but this run has "
+            f"batch_size={self.batch_size} and world_size={self._world_size}; going on needs the same "
+            f"samples a step (batch size x ranks = {self._global_batch} here)"
+        )
 
     def close(self) -> None:
         """Stop the worker processes; iterating again starts new ones."""
@@ -203,6 +229,14 @@ class ResumableLoader(Generic[T, B]):
     @property
     def _equal(self) -> bool:
         return self._shuffle or self._drop_last
+
+    @property
+    def _by_turns(self) -> bool:
+        return self._equal and self._window_shards is None
+
+    @property
+    def _global_batch(self) -> int:
+        return self.batch_size * self._world_size
 
     def _check(self, name: str) -> None:
         sizes = {"batch_size": self.batch_size, "world_size": self._world_size}
@@ -238,12 +272,51 @@ class ResumableLoader(Generic[T, B]):
             shard_sizes=getattr(self.dataset, "shard_sizes", ()),
             window_shards=self._window_shards,
         )
-        share = rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)
+        places = rank_positions(
+            len(order),
+            rank=self._rank,
+            world_size=self._world_size,
+            batch_size=self.batch_size,
+            equal=self._equal,
+            by_turns=self._by_turns,
+        )
         self._plan.epoch = self.epoch
         first = self.batches_done * self.batch_size
-        mine = order[share][first : len(self) * self.batch_size].tolist()
+        mine = order[places[first : len(self) * self.batch_size]].tolist()
         self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
         return iter(self._loader)
+
+    def _next(self, source: Iterator[Packet[B]]) -> Packet[B]:
+        """The next packet; what keeps it from coming is said in words.
+
+        Raises:
+            DataError: the workers are stuck or dead.
+        """
+        self._watch.begin(f"epoch {self.epoch}, batch {self.batches_done}")
+        try:
+            return next(source)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            if "DataLoader timed out" in text:
+                stuck = ", ".join(str(position) for position in self._due()[:8])
+                raise DataError(
+                    f"no batch for {self._stall_seconds} s: the {self.num_workers} loader process(es) are "
+                    f"stuck at epoch {self.epoch}, batch {self.batches_done} (samples number {stuck}); look at "
+                    "the disk or network behind the data, or raise loader.stall_seconds"
+                ) from None
+            if "DataLoader worker" in text:
+                raise DataError(
+                    f"a loader process died ({text[:160]}), perhaps for memory; lower loader.num_workers or "
+                    "data.batch_size, then run the same command again"
+                ) from None
+            raise
+        finally:
+            self._watch.end()
+
+    def _due(self) -> Sequence[int]:
+        """Positions of the samples of the batch that is waited for."""
+        left = len(self) - self.batches_done
+        return self._plan.batches[-left] if 0 < left <= len(self._plan.batches) else ()
 
     def _hand_over(self, packet: Packet[B]) -> B:
         if packet.failure is not None:
@@ -281,4 +354,4 @@ class _Batches(Generic[T, B]):
         if self._moves != owner._moves:
             self._source = owner._start()
             self._moves = owner._moves
-        return owner._hand_over(next(self._source))
+        return owner._hand_over(owner._next(self._source))

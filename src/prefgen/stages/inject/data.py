@@ -25,6 +25,7 @@ from prefgen.data.targets import MIN_OUTSIDE, TargetReader, TargetUser, choose
 from prefgen.errors import DataError
 from prefgen.models.pixels import to_pixels
 from prefgen.schema import Split
+from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig, InjectLossConfig
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ class InjectUsers:
         """
         data = config.data
         self._reader = TargetReader(
-            embeddings=resolve_path(data.embeddings), shards=resolve_path(data.shards), split=split
+            embeddings=shard_root(data.embeddings, loader=config.loader),
+            shards=shard_root(data.shards, loader=config.loader),
+            split=split,
         )
         limit = data.max_users if split == "train" else data.max_eval_users
         self._rows: list[int] = []
@@ -221,7 +224,7 @@ def read_facts(config: InjectConfig) -> EmbeddingFacts:
     Raises:
         DataError: there is no training user.
     """
-    reader = EmbeddingReader(resolve_path(config.data.embeddings), split="train")
+    reader = EmbeddingReader(shard_root(config.data.embeddings, loader=config.loader), split="train")
     if not len(reader):
         raise DataError(
             f"no training users in {config.data.embeddings}; predict embeddings of that split too"
@@ -302,6 +305,7 @@ class InjectData(LightningDataModule):
             shuffle=train,
             drop_last=train,
             num_workers=config.loader.num_workers if train else 0,
+            stall_seconds=config.loader.stall_seconds,
             collate_fn=partial(collate, image_size=size),
             rank=int(trainer.global_rank) if trainer is not None else 0,
             world_size=int(trainer.world_size) if trainer is not None else 1,

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefgen.config import resolve_path
 from prefgen.data.embeddings import check_lineage
@@ -26,6 +26,7 @@ from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 from prefgen.stages.base import StageModule
 from prefgen.stages.inject.config import PARTS, InjectConfig
 from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, read_facts
+from prefgen.stages.sharding import frozen_blocks, gathered, is_sharded
 
 ARTEFACT = "user_adapter.safetensors"
 
@@ -226,15 +227,18 @@ class InjectModule(StageModule):
     def on_validation_epoch_end(self) -> None:
         """Draw the grid where it is due; the moving average, if kept, is in place here."""
         every, step = self.config.inject.sample_every_n_steps, self.global_step
-        if not every or not self.trainer.is_global_zero or self.logger is None:
+        writes = self.trainer.is_global_zero
+        if not every or not (writes or is_sharded(self)) or (writes and self.logger is None):
             return
         if self._sampled_at is not None and step - self._sampled_at < every:
             return
         self._sampled_at = step
         data = self.trainer.datamodule
         batch = self.trainer.strategy.batch_to_device(next(iter(data.val_dataloader())))
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), gathered(self):
             grid = self.draw_grid(batch)
+        if not writes:
+            return  # where the UNet lies in parts, all ranks draw and one keeps the picture
         self.logger.experiment.add_image("samples", grid.transpose(2, 0, 1), step)
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,6 +276,10 @@ class InjectModule(StageModule):
         height, width = tiles.shape[1:3]
         grid = tiles.reshape(rows + 1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
         return grid.reshape((rows + 1) * height, columns * width, 3)
+
+    def sharded_blocks(self) -> list[nn.Module]:
+        """The UNet's, in which nothing trains: user keys and values are made outside of them."""
+        return frozen_blocks(self.bundle.unet)
 
     # Artefact
 
