@@ -388,7 +388,8 @@ def test_slurms_warning_signal_saves_and_requeues(tmp_path):
     scontrol.chmod(0o755)
     slurm = {
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NTASKS_PER_NODE": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
     }  # fmt: skip
     process = start(tmp_path, nap=0.2, steps=500, **slurm)

@@ -2,7 +2,8 @@
 
     python tools/compare_ranks.py --out work/ranks.json
 
-Tiny models of the real classes, the same global batches on both sides, float32 on the CPU. Differences are sums
+Tiny models of the real classes, the same global batches on both sides, float32 on the CPU. Differences are
+sums
 in another order, which AdamW makes visible where a gradient is nearly 0.
 """
 
@@ -33,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     print(
-        "| stage | strategy | ranks | steps | loss differs by | of first loss | weights differ by | they moved by |"
+        "| stage | strategy | ranks | steps | loss differs by | first loss | weights differ by | moved by |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="prefgen-ranks-") as folder:

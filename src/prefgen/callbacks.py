@@ -155,8 +155,9 @@ def _write(targets: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 class RunCheckpoint(Callback):
     """Writes checkpoints at optimizer steps, keeps the newest and the best, and stops the run on a signal.
 
-    SIGTERM, Slurm's requeue signal and the first Ctrl-C are answered at the next optimizer step: a checkpoint,
-    then :class:`StoppedBySignalError`. Must be the last callback, so that what it saves is complete.
+    SIGTERM, Slurm's requeue signal and the first Ctrl-C are answered at the next optimizer step: first a
+    checkpoint, then :class:`StoppedBySignalError`. Must be the last callback, so that what it saves is
+    complete.
     """
 
     def __init__(

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from prefgen.config import StageConfig, is_address, resolve_path, to_yaml
 from prefgen.config_keys import Text, read_yaml, read_yaml_text
+from prefgen.data.index import index_hash
 from prefgen.errors import CheckpointError, ConfigError
 from prefgen.lineage import hash_file
+from prefgen.stages.base import shard_root
 
 CHANGEABLE = frozenset(
     {
@@ -73,9 +75,6 @@ def input_hashes(config: StageConfig) -> dict[str, str]:
     hashes = {}
     for needed in config.required_inputs():
         if is_address(needed.path):
-            from prefgen.data.index import index_hash  # reads an object store, for those who have one
-            from prefgen.stages.base import shard_root
-
             hashes[needed.key] = index_hash(shard_root(needed.path, loader=config.loader))
             continue
         path = resolve_path(needed.path) / needed.member

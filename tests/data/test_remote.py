@@ -89,7 +89,14 @@ def test_what_is_wrong_is_said(local, tmp_path):
 
 @pytest.mark.parametrize(
     "address",
-    ["pipe:touch hacked", "file:///etc", "ssh://host/x", "simplecache::s3://b/x", "s3://b/x::file:///etc", "s3://"],
+    [
+        "pipe:touch hacked",
+        "file:///etc",
+        "ssh://host/x",
+        "simplecache::s3://b/x",
+        "s3://b/x::file:///etc",
+        "s3://",
+    ],
 )
 def test_other_addresses_are_refused(address, tmp_path):
     with pytest.raises(DataError, match="is no folder prefgen reads"):

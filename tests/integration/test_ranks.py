@@ -2,7 +2,8 @@
 
 import pytest
 
-from prefgen.testing.ranks import compare_ranks
+from prefgen.testing.ranks import compare_ranks, train_ranks
+from prefgen.testing.resume import assert_same
 from prefgen.testing.study import save_tiny_workdir
 
 
@@ -28,3 +29,16 @@ def test_ranks_train_as_one_process_does(stage, strategy, world_size, workdir, t
         n: gap for n, gap in found.metric_differences.items() if n != "val/loss_other"
     }  # depends on batches
     assert max(own.values()) < 2e-3, own
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_go_on_exactly(strategy, workdir, tmp_path):
+    """Three steps and three more are six, moving average and optimizer included."""
+    common = {"workdir": workdir, "world_size": 2, "strategy": strategy, "every": 3}
+    straight = train_ranks("align", run_dir=tmp_path / "straight", steps=6, **common)
+    assert train_ranks("align", run_dir=tmp_path / "stopped", steps=3, **common)["global_step"] == 3
+    resumed = train_ranks("align", run_dir=tmp_path / "stopped", steps=6, **common)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"):
+        assert_same(straight[part], resumed[part], where=part)

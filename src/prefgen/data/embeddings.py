@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from prefgen.data.index import ShardIndex, open_root, parse_json, read_index
 from prefgen.data.parts import Part
 from prefgen.data.reader import MAX_JSON_BYTES, OnBad, SkipCounter
-from prefgen.data.tarstore import ShardFiles, ShardFolder, split_members
 from prefgen.data.remote import RemoteFolder
+from prefgen.data.tarstore import ShardFiles, ShardFolder, split_members
 from prefgen.errors import CheckpointError, DataError
 from prefgen.schema import Split
 

@@ -301,8 +301,8 @@ class ResumableLoader(Generic[T, B]):
                 stuck = ", ".join(str(position) for position in self._due()[:8])
                 raise DataError(
                     f"no batch for {self._stall_seconds} s: the {self.num_workers} loader process(es) are "
-                    f"stuck at epoch {self.epoch}, batch {self.batches_done} (samples number {stuck}); look at "
-                    "the disk or network behind the data, or raise loader.stall_seconds"
+                    f"stuck at epoch {self.epoch}, batch {self.batches_done} (samples number {stuck}); "
+                    "look at the disk or network behind the data, or raise loader.stall_seconds"
                 ) from None
             if "DataLoader worker" in text:
                 raise DataError(

@@ -1,7 +1,7 @@
 """Shards in an object store, read through fsspec by way of a local cache that stays below a size.
 
 A whole tar file is fetched when its first sample is asked for, checked against the index's checksum while it
-comes, and kept under that checksum: a changed set never meets old files. The file used longest ago goes first.
+comes, and kept under that checksum: a changed set never meets old files. The one used longest ago goes first.
 Credentials and endpoints are fsspec's own affair (its environment variables and configuration files).
 """
 
@@ -53,8 +53,8 @@ class RemoteFolder:
         match = _ADDRESS.fullmatch(self.address)
         if match is None or match[1] not in PROTOCOLS or "::" in self.address:
             raise DataError(
-                f"{self.address!r} is no folder prefgen reads: pass a local folder or an address that begins with "
-                f"one of {', '.join(f'{name}://' for name in PROTOCOLS)}"
+                f"{self.address!r} is no folder prefgen reads: pass a local folder or an address that begins "
+                f"with one of {', '.join(f'{name}://' for name in PROTOCOLS)}"
             )
 
     def __truediv__(self, name: str) -> str:
@@ -84,7 +84,9 @@ class RemoteFolder:
                 larger than the cache may be.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise DataError(f"{self / name}: the index gives no checksum to keep it under; build the shards again")
+            raise DataError(
+                f"{self / name}: the index gives no checksum to keep it under; build the shards again"
+            )
         if size > self.max_bytes:
             raise DataError(
                 f"{self / name} has {size:,} bytes, more than the whole cache may hold "
@@ -157,7 +159,7 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _lock(self, sha256: str) -> Iterator[None]:
-        """One process at a time fetches a file; others of this machine wait for it instead of fetching too."""
+        """One process at a time fetches a file; others of this machine wait for it instead."""
         folder = self.cache / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{int(sha256[:8], 16) % _LOCKS:02d}").open("ab") as file:

@@ -88,9 +88,7 @@ class TargetUser:
 class TargetReader:
     """Users of one split by the order of the embedding shards, each beside its pictures."""
 
-    def __init__(
-        self, *, embeddings: Path | RemoteFolder, shards: Path | RemoteFolder, split: Split
-    ) -> None:
+    def __init__(self, *, embeddings: Path | RemoteFolder, shards: Path | RemoteFolder, split: Split) -> None:
         """Open both folders.
 
         Raises:

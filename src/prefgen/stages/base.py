@@ -17,7 +17,7 @@ from prefgen.config import LoaderConfig, StageConfig, is_address, resolve_path, 
 from prefgen.data.parts import WHOLE, Part
 from prefgen.data.remote import RemoteFolder
 from prefgen.errors import ConfigError
-from prefgen.stages.sharding import is_sharded, shard
+from prefgen.stages.sharding import is_sharded, repeated_blocks, shard
 
 
 class StageModule(LightningModule):
@@ -53,11 +53,7 @@ class StageModule(LightningModule):
         """Cut the parameters up where trainer.strategy=fsdp2 asks for it; Lightning may call this twice."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not is_sharded(self):
-            shard(self, mesh=mesh["data_parallel"], blocks=self.sharded_blocks())
-
-    def sharded_blocks(self) -> list[nn.Module]:
-        """Submodules used through their ``forward`` alone, of which fsdp2 keeps one whole at a time."""
-        return []
+            shard(self, mesh=mesh["data_parallel"], blocks=repeated_blocks(self))
 
     def mean_share(self, count: int) -> float:
         """Factor on a mean over ``count`` things here that makes the ranks' average the mean over all.
@@ -93,6 +89,8 @@ class StageModule(LightningModule):
         Raises:
             CheckpointError: it was made with another configuration.
         """
+        if is_sharded(self) and "state_dict" not in checkpoint:
+            return  # fsdp2 has put the weights in already; run.py has checked them before
         check_trained(checkpoint["state_dict"], module=self, where=f"the {self.stage} checkpoint")
 
     def export(self, run_dir: Path) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,13 @@ def shard(module: nn.Module, *, mesh: DeviceMesh, blocks: Iterable[nn.Module] = 
         register_fsdp_forward_method(module, name)
 
 
-def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformers model: what is worth sharding one by one."""
-    return [
-        part for part in model.modules() if type(part).__name__.endswith(("DecoderLayer", "EncoderLayer"))
-    ]
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Layers of transformers models and blocks of diffusers models: what is worth sharding one by one.
 
-
-def frozen_blocks(unet: Any) -> list[nn.Module]:
-    """The down, middle and up blocks of a diffusers UNet in which nothing trains."""
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    return [b for b in blocks if b is not None and not any(p.requires_grad for p in b.parameters())]
+    They are used through their ``forward`` alone. User keys and values, which are not, lie outside of them.
+    """
+    names = ("DecoderLayer", "EncoderLayer", "DownBlock2D", "UpBlock2D", "MidBlock2DCrossAttn", "MidBlock2D")
+    return [part for part in model.modules() if type(part).__name__.endswith(names)]
 
 
 def is_sharded(module: nn.Module) -> bool:

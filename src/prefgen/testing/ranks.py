@@ -108,6 +108,25 @@ def compare_ranks(
     )
 
 
+def train_ranks(
+    stage: str, *, workdir: Path, run_dir: Path, world_size: int, strategy: Strategy, steps: int, every: int
+) -> dict[str, Any]:
+    """Train a stage on several ranks and return its last checkpoint; goes on where the folder stopped."""
+    settings = tiny_settings(stage, workdir=workdir) | {
+        "run_dir": str(run_dir),
+        "trainer.max_steps": str(steps),
+        "trainer.limit_val_batches": "0",
+        "trainer.devices": str(world_size),
+        "trainer.strategy": strategy,
+        "checkpoint.every_n_steps": str(every),
+        "optim.ema_decay": "0.9",
+        "optim.warmup_steps": "2",
+    }
+    run_distributed(_rank, world_size, stage, settings, timeout=900.0)
+    content: dict[str, Any] = torch.load(list_checkpoints(run_dir / "checkpoints")[-1], weights_only=True)
+    return content
+
+
 def _gap(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).abs().max())
 

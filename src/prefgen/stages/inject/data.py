@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from prefgen.config import resolve_path
 from prefgen.data.embeddings import EmbeddingReader
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import decode_image

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefgen.config import resolve_path
 from prefgen.data.embeddings import check_lineage
@@ -26,7 +26,7 @@ from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 from prefgen.stages.base import StageModule
 from prefgen.stages.inject.config import PARTS, InjectConfig
 from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, read_facts
-from prefgen.stages.sharding import frozen_blocks, gathered, is_sharded
+from prefgen.stages.sharding import gathered, is_sharded
 
 ARTEFACT = "user_adapter.safetensors"
 
@@ -237,8 +237,8 @@ class InjectModule(StageModule):
         batch = self.trainer.strategy.batch_to_device(next(iter(data.val_dataloader())))
         with self.trainer.precision_plugin.forward_context(), gathered(self):
             grid = self.draw_grid(batch)
-        if not writes:
-            return  # where the UNet lies in parts, all ranks draw and one keeps the picture
+        if not writes:  # where the UNet lies in parts, all ranks draw and one keeps the picture
+            return
         self.logger.experiment.add_image("samples", grid.transpose(2, 0, 1), step)
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ class InjectModule(StageModule):
     def draw_grid(self, batch: InjectBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         """(H,W,3) picture: on top a liked image of each user, below one row a prompt, base model first.
 
-        All pictures of a row start from the same noise.
+        All of a row start from the same noise.
         """
         settings = self.config.inject
         count = min(settings.num_sample_users, len(batch.keys))
@@ -276,10 +276,6 @@ class InjectModule(StageModule):
         height, width = tiles.shape[1:3]
         grid = tiles.reshape(rows + 1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
         return grid.reshape((rows + 1) * height, columns * width, 3)
-
-    def sharded_blocks(self) -> list[nn.Module]:
-        """The UNet's, in which nothing trains: user keys and values are made outside of them."""
-        return frozen_blocks(self.bundle.unet)
 
     # Artefact
 

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prefgen.config import resolve_path
 from prefgen.data.loader import ResumableLoader
 from prefgen.models.mllm import MLLM
 from prefgen.schema import Split

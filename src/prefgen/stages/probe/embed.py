@@ -95,6 +95,7 @@ def write_embeddings(
     with EmbeddingWriter(
         out,
         header=header,
+        users_per_shard=USERS_PER_SHARD,
         overwrite=True,
         part=None if part == WHOLE else part,
         first_shards={split: share.start for split, share in shares.items()},

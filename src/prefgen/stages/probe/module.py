@@ -35,7 +35,6 @@ from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
 from prefgen.stages.probe.draws import ProbeSamples, shuffled
 from prefgen.stages.probe.embed import model_lineage, probe_lineage, write_embeddings
 from prefgen.stages.probe.report import GridReport, ProbeReport, heat_map, write_report
-from prefgen.stages.sharding import transformer_layers
 
 logger = logging.getLogger(__name__)
 
@@ -182,10 +181,6 @@ class ProbeModule(StageModule):
             seed=self.config.seed,
             num_resamples=self.config.probe.num_resamples,
         )
-
-    def sharded_blocks(self) -> list[nn.Module]:
-        """Layers of the frozen models."""
-        return transformer_layers(self.frozen)
 
     # Artefact
 

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
 
-from prefgen.config import resolve_path
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import ShardReader
 from prefgen.data.sampling import References, draw_references, rng_for

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefgen.models.lora import add_lora, save_lora
 from prefgen.models.mllm import MLLM
@@ -24,7 +24,7 @@ from prefgen.models.questions import (
 from prefgen.schema import Split
 from prefgen.stages.base import StageModule
 from prefgen.stages.features import model_hash, model_source
-from prefgen.stages.sharding import gathered, transformer_layers
+from prefgen.stages.sharding import gathered
 from prefgen.stages.vqa.config import VQAConfig
 from prefgen.stages.vqa.data import VQABatch, VQAData
 
@@ -160,10 +160,6 @@ class VQAModule(StageModule):
         )
         item = PackItem(history=pieces, questions=[list_question(kind)])
         return parse_attributes(self.mllm.generate(item, image_features=features, max_new_tokens=64))
-
-    def sharded_blocks(self) -> list[nn.Module]:
-        """Layers of the language model and of the vision tower."""
-        return transformer_layers(self.lora)
 
     # Artefact
 
