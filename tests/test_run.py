@@ -214,7 +214,7 @@ def test_ranks_may_change_while_the_samples_of_a_step_stay(tmp_path):
     )
     check_same_run(Path(config.run_dir), config=config)
     for words, key in (
-        (("trainer.devices=2",), "data.batch_size|trainer.devices"),
+        (("trainer.devices=3",), "data.batch_size|trainer.devices"),
         (("trainer.strategy=fsdp2", "data.batch_size=4"), "trainer.strategy"),
     ):
         with pytest.raises(ConfigError, match=key):

@@ -74,7 +74,7 @@ def main() -> None:
     for size in SIZES:
         print(
             f"- {size.name}: the index takes {size.users * index / 1e3:.1f} GB in every process that reads; "
-            f"features of stages vqa and probe take {size.images * args.feature_bytes / 1e9:.0f} GB of memory "
+            f"features of vqa and probe take {size.images * args.feature_bytes / 1e9:.0f} GB of memory "
             "(data.cache_features=none encodes instead)"
         )
 

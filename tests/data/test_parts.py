@@ -97,7 +97,7 @@ def test_what_a_merge_refuses(tmp_path, history):
 
 
 def test_an_error_in_a_worker_is_one_line_and_leaves_no_index(tmp_path, history):
-    with pytest.raises(DataError, match=r"user u000002: liked\[0\]"):
+    with pytest.raises(DataError, match=r"user u000004: liked\[0\]"):
         build(tmp_path / "out", history, num_workers=2, on_bad="raise")
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     assert not list((tmp_path / "out").glob(".*.tmp"))

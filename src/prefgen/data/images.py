@@ -18,7 +18,7 @@ MAX_IMAGE_BYTES = 64 << 20
 FORMATS = {"webp": "WEBP", "jpeg": "JPEG", "png": "PNG"}
 """Encodings a shard may hold, by member extension."""
 
-OTHER_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "MPO", "PPM", "QOI", "TIFF")
+OTHER_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "QOI", "TIFF")
 """What builders also read. Pillow knows more, some of which start other programs (EPS runs Ghostscript)."""
 
 
@@ -31,6 +31,14 @@ def sniff(data: bytes) -> str | None:
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     return None
+
+
+def accepted_formats(*, any_format: bool) -> list[str]:
+    """Pillow's names of what is decoded, as far as this build of Pillow has them."""
+    if not any_format:
+        return list(FORMATS.values())
+    Image.init()
+    return [*FORMATS.values(), *(name for name in OTHER_FORMATS if name in Image.OPEN)]
 
 
 def decode_image(
@@ -51,8 +59,7 @@ def decode_image(
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its own limit; ours below is the one that counts.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            accepted = (*FORMATS.values(), *(OTHER_FORMATS if any_format else ()))
-            image = Image.open(io.BytesIO(data), formats=accepted)
+            image = Image.open(io.BytesIO(data), formats=accepted_formats(any_format=any_format))
         width, height = image.size
         if width * height > max_pixels:
             raise DataError(

@@ -171,9 +171,11 @@ def shard_root(path: str, *, loader: LoaderConfig) -> Path | RemoteFolder:
 @contextmanager
 def rank_zero_first(trainer: Trainer | None) -> Iterator[None]:
     """Rank 0 does what is inside, then the others, who find its files; within trainer.timeout_minutes."""
-    several = trainer is not None and trainer.world_size > 1
-    if several and not trainer.is_global_zero:
+    if trainer is None or trainer.world_size == 1:
+        yield
+        return
+    if not trainer.is_global_zero:
         trainer.strategy.barrier("rank 0 goes first")
     yield
-    if several and trainer.is_global_zero:
+    if trainer.is_global_zero:
         trainer.strategy.barrier("rank 0 goes first")

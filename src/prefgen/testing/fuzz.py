@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from prefgen.config import load_config
 from prefgen.data.embeddings import from_npy
@@ -126,7 +127,9 @@ def good(name: str) -> bytes:
             "image_embeds",
             "image_negative",
         )
-        tensors = {part: torch.ones(4) for part in (*names, "image_mean", "image_mean_negative")}
+        tensors: dict[str, Any] = {
+            part: torch.ones(4) for part in (*names, "image_mean", "image_mean_negative")
+        }
         counts = ProfileCounts(liked=1, disliked=1, draws=1)
         path = _folder() / "good.safetensors"
         UserProfile(**tensors, counts=counts, likes="warm palette").save(path)

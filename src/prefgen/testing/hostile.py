@@ -7,6 +7,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,15 @@ def _configs() -> Iterator[Hostile]:
         "2 MB": b"# " + b"x" * (2 << 20),
     }
     for name, text in texts.items():
-        yield Hostile(kind="configuration", name=name, make=lambda f, text=text: _fit(f, text))
+        yield Hostile(kind="configuration", name=name, make=partial(_fit, text=text))
     for name, path in {"/dev/zero": "/dev/zero", "a folder": "/", "no file": "/none.yaml"}.items():
         words = ["fit", "--stage", "align", "--config", path, "--dry-run"]
-        yield Hostile(kind="configuration", name=name, make=lambda f, words=words: words)
+        yield Hostile(kind="configuration", name=name, make=partial(_just, words=words))
+
+
+def _just(folder: Path, *, words: list[str]) -> list[str]:
+    del folder
+    return words
 
 
 def _command_lines() -> Iterator[Hostile]:
@@ -97,7 +103,7 @@ def _command_lines() -> Iterator[Hostile]:
         ["data", "merge", "nowhere"],
         ["data", "build", "--history", "x", "--out", "y", "--part", "9/3"],
     ):
-        yield Hostile(kind="command line", name=" ".join(words), make=lambda f, words=words: words)
+        yield Hostile(kind="command line", name=" ".join(words), make=partial(_just, words=words))
 
 
 # profiles, checkpoints, arrays, parts
@@ -138,7 +144,7 @@ def _profiles() -> Iterator[Hostile]:
         yield Hostile(kind="profile", name=name, make=make)
     for name, path in {"a folder": "/", "no file": "/none", "/dev/zero": "/dev/zero"}.items():
         words = ["profile", "show", path]
-        yield Hostile(kind="profile", name=name, make=lambda f, words=words: words)
+        yield Hostile(kind="profile", name=name, make=partial(_just, words=words))
 
 
 def _checkpoints() -> Iterator[Hostile]:

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _histories() -> Iterator[Hostile]:
         "a lone surrogate": b'{"user_id": "\\ud800", "liked": []}',
     }
     for name, text in texts.items():
-        yield Hostile(kind="history.jsonl", name=name, make=lambda f, text=text: _build(f, text))
+        yield Hostile(kind="history.jsonl", name=name, make=partial(_build, lines=text))
     fields: dict[str, dict[str, Any]] = {
         "no user_id": {"user_id": None},
         "empty user_id": {"user_id": ""},
@@ -84,9 +85,9 @@ def _histories() -> Iterator[Hostile]:
     }
     for name, change in fields.items():
         line = json.dumps(GOOD | change).encode()
-        yield Hostile(kind="history.jsonl", name=name, make=lambda f, line=line: _build(f, line))
+        yield Hostile(kind="history.jsonl", name=name, make=partial(_build, lines=line))
     twice = (json.dumps(GOOD) + "\n").encode() * 2
-    yield Hostile(kind="history.jsonl", name="one user twice", make=lambda f: _build(f, twice))
+    yield Hostile(kind="history.jsonl", name="one user twice", make=partial(_build, lines=twice))
 
 
 def _image_paths() -> Iterator[Hostile]:
@@ -122,7 +123,7 @@ def _image_paths() -> Iterator[Hostile]:
         return words
 
     for name, path in paths.items():
-        yield Hostile(kind="image path", name=name, make=lambda f, path=path: make(f, path))
+        yield Hostile(kind="image path", name=name, make=partial(make, path=path))
 
 
 def _png(width: int, height: int) -> bytes:
