@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -255,6 +255,8 @@ def use(config: StageConfig, *, verb: Verb, module: StageModule, data: Lightning
     """
     run_dir = Path(config.run_dir)
     seed_everything(config.seed, verbose=False)
+    if verb == "predict" and config.trainer.strategy == "fsdp2":  # nothing trains: ranks share the users only
+        config = replace(config, trainer=replace(config.trainer, strategy="ddp"))
     trainer = build_trainer(config)
     checkpoint = load_weights(config, module=module)
     if verb == "predict":
