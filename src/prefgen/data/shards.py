@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from prefgen.data.index import ShardEntry, ShardIndex, local_path, parse_json, write_index
 from prefgen.data.parts import PARTS_FOLDER, WHOLE, Part, write_part_index
 from prefgen.data.reader import MAX_JSON_BYTES, OnBad
-from prefgen.data.tarstore import prepare_folder
+from prefgen.data.tarstore import prepare_folder, remove_shards
 from prefgen.data.user_samples import BuildLimits, Packed, PackJob, pack
 from prefgen.errors import DataError
 from prefgen.schema import Split, UserHistory
@@ -145,7 +145,12 @@ def write_shards(
         if number % mine.count == mine.number
     )
     counted = _Counted(progress)
-    packed = run_jobs(jobs, num_workers=num_workers, done=counted)
+    try:
+        packed = run_jobs(jobs, num_workers=num_workers, done=counted)
+    except BaseException:
+        if part is None:
+            remove_shards(out)  # or the next try would find the folder occupied
+        raise
     index = _index_of(packed)
     if part is not None:
         settings = (users_per_shard, fractions, on_bad, limits)

@@ -302,11 +302,18 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write shards to {out} ({error.strerror}); pass another folder") from None
-    index = out / INDEX_NAME
-    earlier = sorted(path for path in out.glob("*.tar") if SHARD_NAME.fullmatch(path.name))
-    if (index.exists() or earlier) and not overwrite:
+    occupied = (out / INDEX_NAME).exists() or any(
+        SHARD_NAME.fullmatch(path.name) for path in out.glob("*.tar")
+    )
+    if occupied and not overwrite:
         raise DataError(f"{out} already holds shards; pass another folder, or --overwrite to replace them")
+    remove_shards(out)
+
+
+def remove_shards(out: Path) -> None:
+    """Delete a set of shards, whole or not."""
     # The index goes first: a writer killed after this leaves no index, and no reader accepts that.
-    index.unlink(missing_ok=True)
+    (out / INDEX_NAME).unlink(missing_ok=True)
+    earlier = [path for path in out.glob("*.tar") if SHARD_NAME.fullmatch(path.name)]
     for path in [*earlier, *out.glob(".*.tmp")]:
         path.unlink()

@@ -80,6 +80,7 @@ def compare_ranks(
         "trainer.val_check_interval": str(steps),
         "checkpoint.every_n_steps": str(steps),
         "trainer.timeout_minutes": "5",
+        "trainer.log_every_n_steps": "1",
     }
     alone = _train(stage, settings | {"run_dir": str(folder / "one")}, batch=world_size * RANK_BATCH[stage])
     several = settings | {
@@ -116,6 +117,7 @@ def train_ranks(
         "run_dir": str(run_dir),
         "trainer.max_steps": str(steps),
         "trainer.limit_val_batches": "0",
+        "trainer.log_every_n_steps": "1",
         "trainer.devices": str(world_size),
         "trainer.strategy": strategy,
         "checkpoint.every_n_steps": str(every),

@@ -29,7 +29,6 @@ from prefgen.stages.inject.data import EmbeddingFacts, InjectBatch, InjectData, 
 from prefgen.stages.sharding import gathered, is_sharded
 
 ARTEFACT = "user_adapter.safetensors"
-
 _SAMPLE_SEED = 1234
 
 
@@ -233,8 +232,7 @@ class InjectModule(StageModule):
         if self._sampled_at is not None and step - self._sampled_at < every:
             return
         self._sampled_at = step
-        data = self.trainer.datamodule
-        batch = self.trainer.strategy.batch_to_device(next(iter(data.val_dataloader())))
+        batch = self.trainer.strategy.batch_to_device(next(iter(self.trainer.datamodule.val_dataloader())))
         with self.trainer.precision_plugin.forward_context(), gathered(self):
             grid = self.draw_grid(batch)
         if not writes:  # where the UNet lies in parts, all ranks draw and one keeps the picture
