@@ -62,6 +62,7 @@ def stage_words(stage: str, *, workdir: Path, run_dir: Path, steps: int, every: 
         "trainer.max_steps": str(steps),
         "trainer.val_check_interval": str(steps),
         "trainer.num_threads": "1",
+        "trainer.log_every_n_steps": "1",
         "checkpoint.every_n_steps": str(every),
     }
     return [f"{key}={value}" for key, value in settings.items()]
