@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefgen.callbacks import StoppedBySignalError
 from prefgen.checkpoint import list_checkpoints
 from prefgen.config import build_config
-from prefgen.errors import CheckpointError, ConfigError, PrefgenError
+from prefgen.errors import CheckpointError, ConfigError, PrefgenError, StoppedBySignalError
 from prefgen.run import check_device, fit, load_weights, use
+from prefgen.run_folder import check_same_run
 from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.testing.resume import assert_resume_is_exact
 from toy_config import ToyConfig
@@ -166,6 +166,61 @@ def test_torn_checkpoint(tmp_path):
         train(toy(tmp_path, "trainer.max_steps=7"))
 
 
+def spoil(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "torn":
+        del data[-200:]
+    elif how == "empty":
+        data.clear()
+    elif how == "flipped":  # one bit of a tensor, which torch.load alone would read
+        weight = torch.load(path, weights_only=True)["state_dict"]["trained.1.weight"].numpy().tobytes()
+        data[data.find(weight) + 5] ^= 4
+    elif how == "foreign":
+        content = torch.load(path, weights_only=True)
+        content["hyper_parameters"]["stage"] = "vqa"
+        torch.save(content, path)
+        return
+    elif how == "other shape":
+        content = torch.load(path, weights_only=True)
+        content["state_dict"]["trained.1.weight"] = torch.zeros(7, 4)
+        torch.save(content, path)
+        return
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["torn", "empty", "flipped", "foreign", "other shape"])
+def test_a_checkpoint_that_cannot_be_used_is_refused_and_the_one_before_it_used(how, tmp_path, caplog):
+    settings = ("checkpoint.every_n_steps=2", "checkpoint.keep_last=3")
+    straight = train(toy(tmp_path / "straight", *settings, "trainer.max_steps=7"))
+    config = toy(tmp_path, *settings)
+    train(config)
+    folder = Path(config.run_dir) / "checkpoints"
+    spoil(folder / "step-00000006.ckpt", how)
+    with caplog.at_level("INFO", logger="prefgen"):
+        resumed = train(toy(tmp_path, *settings, "trainer.max_steps=7"))
+    assert "step-00000006.ckpt" in caplog.text
+    assert "the checkpoint before it is tried" in caplog.text
+    assert "going on from" in caplog.text
+    assert "(step 4)" in caplog.text
+    assert (folder / "step-00000006.ckpt.refused").is_file()
+    one, other = (torch.load(r.places["checkpoint"], weights_only=True) for r in (straight, resumed))
+    assert torch.equal(one["state_dict"]["trained.1.weight"], other["state_dict"]["trained.1.weight"])
+
+
+def test_ranks_may_change_while_the_samples_of_a_step_stay(tmp_path):
+    train(toy(tmp_path, "trainer.max_steps=2", "data.batch_size=4"))
+    config = toy(
+        tmp_path, "trainer.max_steps=4", "data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"
+    )
+    check_same_run(Path(config.run_dir), config=config)
+    for words, key in (
+        (("trainer.devices=3",), "data.batch_size|trainer.devices"),
+        (("trainer.strategy=fsdp2", "data.batch_size=4"), "trainer.strategy"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            check_same_run(Path(config.run_dir), config=toy(tmp_path, "trainer.max_steps=4", *words))
+
+
 def test_a_half_written_checkpoint_is_never_picked(tmp_path):
     config = toy(tmp_path)
     train(config)
@@ -275,7 +330,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(tmp_path, *more, nap, steps):
+def start(tmp_path, *more, nap, steps, **variables):
     (tmp_path / "shards").mkdir(exist_ok=True)
     (tmp_path / "shards" / "index.json").write_text("{}")
     (tmp_path / "empty.yaml").write_text("")
@@ -283,7 +338,7 @@ def start(tmp_path, *more, nap, steps):
     words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1", *more]
     script = tmp_path / "toy_command.py"  # a file, since Lightning starts further ranks by it
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), nap=nap))
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    environment = {**os.environ, "PYTHONWARNINGS": "default", **variables}
     return subprocess.Popen(
         [sys.executable, str(script), *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -323,6 +378,66 @@ def test_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     assert "artefact: " in out
     assert "checkpoint: " in out
     assert "log: " in out
+
+
+@pytest.mark.slow
+def test_slurms_warning_signal_saves_and_requeues(tmp_path):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NTASKS_PER_NODE": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    process = start(tmp_path, nap=0.2, steps=500, **slurm)
+    try:
+        wait_for_step(tmp_path, process, step=2)
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGUSR1, err
+    assert "stopped by SIGUSR1 after step" in err
+    assert "job 4711 is back in the queue" in err
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
+    again = start(tmp_path, nap=0, steps=int(last.stem[5:]) + 1, **slurm)
+    _, err = again.communicate(timeout=90)
+    assert again.returncode == 0, err
+    assert f"going on from {last}" in err
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_other_and_loses_nothing(tmp_path, victim):
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1")
+    process = start(tmp_path, *two, nap=0.2, steps=500)
+    second = None
+    try:
+        wait_for_step(tmp_path, process, step=2)
+        (second,) = children_of(process.pid)
+        os.kill(process.pid if victim == 0 else second, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{second}").exists():
+            assert time.monotonic() < deadline, "the second rank hangs"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        if second is not None and Path(f"/proc/{second}").exists():
+            os.kill(second, signal.SIGKILL)
+    assert process.returncode not in (0, None)
+    if victim == 1:
+        assert "another rank died or hangs" in err or process.returncode == -signal.SIGKILL, err
+    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
+    again = start(tmp_path, *two, nap=0, steps=int(last.stem[5:]) + 1)
+    _, err = again.communicate(timeout=90)
+    assert again.returncode == 0, err
 
 
 def children_of(pid):

@@ -91,7 +91,7 @@ class ToyModule(StageModule):
         path.write_text(str(float(self.trained[1].weight.detach().sum())))
         return path
 
-    def predict(self, data):
+    def predict(self, data, *, part=None):
         path = self.run_dir / "predicted.txt"
         path.write_text(f"{self.training} {len(data.val_dataloader())}")
         return path

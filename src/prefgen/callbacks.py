@@ -1,4 +1,4 @@
-"""What a run does around the training step: moving average, checkpoints and signals, progress, guards."""
+"""What a run does around the training step: seeds, moving average, checkpoints and signals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -18,25 +17,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from prefgen.checkpoint import checkpoint_name, list_checkpoints
-from prefgen.errors import CheckpointError, ConfigError, PrefgenError
+from prefgen.errors import CheckpointError, ConfigError, StoppedBySignalError
+from prefgen.requeue import REQUEUE_SIGNAL, under_slurm
+from prefgen.stages.sharding import like, whole
 
 logger = logging.getLogger(__name__)
 
 BEST_NAME = "best.ckpt"
-
-
-class StoppedBySignalError(PrefgenError):
-    """A signal ended the run; a checkpoint was written first.
-
-    Attributes:
-        signal_number: which signal came.
-        checkpoint: what was written.
-    """
-
-    def __init__(self, message: str, *, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-        self.checkpoint = checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,12 +32,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Save under a temporary name, then rename."""
+        """Save under a temporary name, then rename; what could not be written whole is taken away again."""
+        del storage_options
         part = Path(f"{path}.part")
-        super().save_checkpoint(checkpoint, part, storage_options=storage_options)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not Lightning's own writer, which takes the way over the folder for temporary files.
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         part.replace(path)
+        folder = os.open(part.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power cut could take the name with it
+        finally:
+            os.close(folder)
 
 
 class StepSeed(Callback):
@@ -89,7 +89,7 @@ class TrainedEMA(Callback):
         if not self.shadow:
             self.shadow = {name: p.detach().float().clone() for name, p in trained.items()}
         self._check(trained)
-        self.shadow = {name: self.shadow[name].to(p.device) for name, p in trained.items()}
+        self.shadow = {name: like(self.shadow[name], p) for name, p in trained.items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -125,7 +125,10 @@ class TrainedEMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"updates": self.updates, "shadow": dict(self.shadow)}
+        return {
+            "updates": self.updates,
+            "shadow": {name: whole(value) for name, value in self.shadow.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint's averages."""
@@ -152,8 +155,9 @@ def _write(targets: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 class RunCheckpoint(Callback):
     """Writes checkpoints at optimizer steps, keeps the newest and the best, and stops the run on a signal.
 
-    SIGTERM and the first Ctrl-C are answered at the next optimizer step: a checkpoint, then
-    :class:`StoppedBySignalError`. Must be the last callback, so that what it saves is complete.
+    SIGTERM, Slurm's requeue signal and the first Ctrl-C are answered at the next optimizer step: first a
+    checkpoint, then :class:`StoppedBySignalError`. Must be the last callback, so that what it saves is
+    complete.
     """
 
     def __init__(
@@ -181,7 +185,8 @@ class RunCheckpoint(Callback):
         self._step = self._saved_step = trainer.global_step
         try:
             # after Lightning's own handlers, which end a run by an exception between two arbitrary lines
-            self._previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT, *([REQUEUE_SIGNAL] if under_slurm() else [])]
+            self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         except ValueError:  # not the main thread: no signals to listen for
             self._previous = {}
 
@@ -189,7 +194,7 @@ class RunCheckpoint(Callback):
         del frame
         self._signal = number
         # a second signal ends the process at once, in case a step hangs
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -263,47 +268,3 @@ class RunCheckpoint(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-class FiniteLoss(Callback):
-    """Stops a run whose loss is no number any more, before the optimizer spoils the weights with it."""
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss of each batch."""
-        del pl_module
-        if not bool(torch.isfinite(loss.detach()).all()):
-            raise PrefgenError(
-                f"the loss is {float(loss.detach()):.4g} at step {trainer.global_step}; lower "
-                "optim.learning_rate or trainer.gradient_clip_val, or use trainer.precision=32-true"
-            )
-
-
-class ProgressLines(Callback):
-    """Progress as plain log lines, for a log file or a pipe, where a moving bar would be unreadable."""
-
-    def __init__(self, *, every_seconds: float = 10.0) -> None:
-        self._every = every_seconds
-        self._start_step = 0
-        self._start = self._last = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        del pl_module
-        self._start_step, self._start = trainer.global_step, time.monotonic()
-        self._last = self._start
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
-        """Write a line now and then: steps, rate, time left, loss."""
-        del pl_module, batch, batch_idx
-        now, step = time.monotonic(), trainer.global_step
-        if now - self._last < self._every or step == self._start_step or not trainer.is_global_zero:
-            return
-        self._last = now
-        rate = (step - self._start_step) / (now - self._start)
-        total = trainer.estimated_stepping_batches
-        left = f"{(total - step) / rate:.0f} s left" if math.isfinite(total) else "no end set"
-        loss = outputs.get("loss") if isinstance(outputs, dict) else None
-        shown = "" if loss is None else f", loss {float(loss):.4g}"
-        logger.info("step %d/%s, %.2f steps/s, %s%s", step, total, rate, left, shown)

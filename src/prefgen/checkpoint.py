@@ -6,7 +6,10 @@ what trains is stored, and loading checks that what is absent is exactly what is
 
 from __future__ import annotations
 
+import logging
 import re
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+REFUSED_SUFFIX = ".refused"
+"""Ending of the name under which a checkpoint that cannot be used is set aside."""
 
 _STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -87,12 +95,13 @@ def read_checkpoint(path: Path, *, stage: str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; run 'prefgen fit --stage {stage}' first")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     # torn zip, truncated stream and refused classes come as different types from torch
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read ({reason}); delete it to go on from the checkpoint before it"
+            f"{path} cannot be read ({reason}): it is torn or no checkpoint; delete it"
         ) from None
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} is no prefgen checkpoint: it has no state_dict; delete or move it")
@@ -102,6 +111,47 @@ def read_checkpoint(path: Path, *, stage: str) -> dict[str, Any]:
             f"{path} belongs to stage {found!r}, not {stage!r}; pass run_dir=PATH of a {stage} run"
         )
     return cast(dict[str, Any], content)
+
+
+def _check_sums(path: Path) -> None:
+    """torch.load does not compare the checksums that its files carry: a flipped bit would train on."""
+    with zipfile.ZipFile(path) as file:
+        bad = file.testzip()
+    if bad is not None:
+        raise zipfile.BadZipFile(f"its part {bad} fails its checksum")
+
+
+def newest_usable(
+    found: Sequence[Path], *, module: nn.Module, stage: str, set_aside: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """The newest of some checkpoints that is whole and fits a module; others are refused with words.
+
+    Args:
+        found: checkpoints, oldest first; at least one.
+        module: what it is to be loaded into.
+        stage: whose it must be.
+        set_aside: rename refused ones, so that nothing picks them again; for the process that writes.
+
+    Raises:
+        CheckpointError: none can be used; the newest one's reason.
+    """
+    first: CheckpointError | None = None
+    for path in reversed(found):
+        try:
+            content = read_checkpoint(path, stage=stage)
+            check_trained(content["state_dict"], module=module, where=str(path))
+        except CheckpointError as error:
+            first = first or error
+            if path != found[0]:
+                logger.warning("%s; the checkpoint before it is tried", error)
+            continue
+        if set_aside and first is not None:
+            for refused in found[found.index(path) + 1 :]:
+                refused.rename(refused.with_name(refused.name + REFUSED_SUFFIX))
+                logger.warning("set aside as %s%s", refused, REFUSED_SUFFIX)
+        return path, content
+    assert first is not None, "no checkpoints to choose from"
+    raise first
 
 
 def checkpoint_name(step: int) -> str:

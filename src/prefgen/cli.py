@@ -14,7 +14,7 @@ from prefgen import __version__
 from prefgen.commands import COMMANDS
 from prefgen.config import stage_keys
 from prefgen.config_keys import did_you_mean
-from prefgen.errors import ConfigError, PrefgenError
+from prefgen.errors import ConfigError, PrefgenError, is_disk_full
 from prefgen.stages import STAGES
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
@@ -127,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("PREFGEN_DEBUG"):
             raise
+        if is_disk_full(error):
+            place = getattr(error, "filename", None) or "while writing"
+            return _fail(
+                f"the disk is full ({place}); free some space, then run the same command again",
+                code=USER_ERROR,
+            )
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"{text} (PREFGEN_DEBUG=1 shows where)", code=OUR_ERROR)
     return code

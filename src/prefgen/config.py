@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefgen.config_keys import ConfigKey, did_you_mean, list_keys, parse_text, read_yaml
 from prefgen.config_sections import (
     CheckpointConfig,
+    GuardConfig,
     LoaderConfig,
     OptimConfig,
     TrainerConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "MISSING",
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "LoaderConfig",
     "OptimConfig",
     "RequiredInput",
@@ -91,6 +93,8 @@ class RequiredInput:
         Raises:
             ConfigError: nothing is there.
         """
+        if is_address(self.path):
+            return  # the reader asks the object store, with words of its own
         if not (resolve_path(self.path) / self.member).exists():
             raise ConfigError(
                 f"no {self.what} at {self.path}; run '{self.made_by}' first or pass {self.key}=PATH"
@@ -111,6 +115,7 @@ class StageConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         """Check relations between sections."""
@@ -238,6 +243,11 @@ def preset_file(stage: str, *, preset: str) -> Path:
             f"presets that have: {', '.join(ready) or 'none'}; or pass --config FILE"
         )
     return path
+
+
+def is_address(path: str) -> bool:
+    """Whether a path of the configuration lies in an object store; only shards and embeddings may."""
+    return "://" in path
 
 
 def resolve_path(path: str) -> Path:

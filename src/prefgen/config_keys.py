@@ -20,6 +20,9 @@ from omegaconf import MISSING
 
 from prefgen.errors import ConfigError
 
+MAX_YAML_BYTES = 1 << 20
+"""Most bytes of a configuration file."""
+
 Text = str | list["Text"]
 """A raw value: text, or a list of raw values; nothing has been guessed from its looks."""
 
@@ -180,7 +183,14 @@ def did_you_mean(word: str, *, among: Iterable[str]) -> str:
 
 
 class _RawLoader(yaml.BaseLoader):
-    """YAML whose scalars all stay text; a key that comes twice is refused."""
+    """YAML whose scalars all stay text; a key that comes twice is refused, and so is an alias."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Aliases let a few lines stand for billions."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: _RawLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -201,8 +211,10 @@ def _raw_yaml(text: str, *, where: str) -> Any:
     try:
         # BaseLoader builds text, lists and dicts only: nothing in a file can run code.
         return yaml.load(text, Loader=_RawLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
 
 
 def read_yaml(file: Path) -> list[tuple[str, Text]]:
@@ -212,8 +224,12 @@ def read_yaml(file: Path) -> list[tuple[str, Text]]:
         ConfigError: the file cannot be read, is not YAML, is no mapping, or gives a key twice.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise ConfigError(f"configuration file {file} is no regular file")
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"configuration file {file} has over {MAX_YAML_BYTES:,} bytes")
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read configuration file {file}: {error}") from None
     return read_yaml_text(text, where=str(file))
 

@@ -50,8 +50,13 @@ class TrainerConfig:
     """Devices per node."""
     num_nodes: int = 1
     """Nodes of the cluster job."""
-    strategy: str = "auto"
-    """Lightning strategy, e.g. auto or ddp."""
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """How devices train together: auto is ddp where there are several; fsdp2 shards parameters, gradients and
+    optimizer state; deepspeed is handed to Lightning and untested."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's own json file, for trainer.strategy=deepspeed; null takes its stage 2."""
+    timeout_minutes: int = 30
+    """Minutes a rank waits for the others before it ends with an error."""
     precision: Precision = "bf16-mixed"
     """Arithmetic; 16-mixed needs a GPU."""
     max_steps: int = 1000
@@ -87,7 +92,14 @@ class TrainerConfig:
                 "trainer.precision=16-mixed needs a GPU, but trainer.accelerator=cpu; "
                 "use trainer.precision=bf16-mixed",
             )
-        for name in ("devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "num_threads"):
+        if self.deepspeed_config is not None and given(self.strategy):
+            require(
+                self.strategy == "deepspeed",
+                f"trainer.deepspeed_config={self.deepspeed_config} needs trainer.strategy=deepspeed, "
+                f"got {self.strategy}",
+            )
+        counts = ("devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "num_threads")
+        for name in (*counts, "timeout_minutes"):
             at_least(f"trainer.{name}", getattr(self, name), minimum=1)
 
 
@@ -126,10 +138,33 @@ class LoaderConfig:
 
     num_workers: int = 0
     """Worker processes that prepare batches; the order of samples does not depend on it."""
+    stall_seconds: int = 600
+    """Seconds without a batch after which worker processes count as stuck and the run stops, naming the
+    samples; without worker processes it is said and waited on. 0 waits for ever in silence."""
+    cache_dir: str = "~/.cache/prefgen"
+    """Local folder that holds tar files of shards read from an object store (s3://, gs://, az://, https://)."""
+    cache_gb: float = 50.0
+    """Most gigabytes of tar files in it; the file used longest ago goes first."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("loader.num_workers", self.num_workers, minimum=0)
+        at_least("loader.stall_seconds", self.stall_seconds, minimum=0)
+        if given(self.cache_gb):
+            require(self.cache_gb > 0, f"loader.cache_gb={self.cache_gb} must be above 0")
+
+
+@dataclass
+class GuardConfig:
+    """What a run puts up with before it stops."""
+
+    max_bad_steps: int = 3
+    """Optimizer steps, in the whole run, that may be skipped because loss or gradients are NaN or infinite;
+    the next one stops the run and names its samples."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("guard.max_bad_steps", self.max_bad_steps, minimum=0)
 
 
 @dataclass

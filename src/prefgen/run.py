@@ -10,29 +10,25 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from prefgen.callbacks import (
-    BEST_NAME,
-    AtomicCheckpointIO,
-    FiniteLoss,
-    ProgressLines,
-    RunCheckpoint,
-    StepSeed,
-    StoppedBySignalError,
-    TrainedEMA,
-)
-from prefgen.checkpoint import check_trained, list_checkpoints, read_checkpoint
+from prefgen.callbacks import BEST_NAME, AtomicCheckpointIO, RunCheckpoint, StepSeed, TrainedEMA
+from prefgen.checkpoint import check_trained, list_checkpoints, newest_usable, read_checkpoint
 from prefgen.config import StageConfig, to_yaml
-from prefgen.errors import CheckpointError, ConfigError
+from prefgen.errors import CheckpointError, ConfigError, PrefgenError, StoppedBySignalError
+from prefgen.guards import StepGuard, as_user_error
+from prefgen.predicting import predict
+from prefgen.progress import ClockBar, ProgressLines
+from prefgen.requeue import REQUEUE_SIGNAL, requeue, stopping_before_training, under_slurm
 from prefgen.run_folder import (
     check_same_inputs,
     check_same_run,
@@ -44,6 +40,8 @@ from prefgen.run_folder import (
 from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.stages import STAGES
 from prefgen.stages.base import StageModule
+from prefgen.stages.sharding import make_trained_whole
+from prefgen.strategies import cluster_plugins, make_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +74,24 @@ def run_stage(config: StageConfig, *, verb: Verb, stage: str) -> RunResult:
     check_device(config)
     module_type, data_type = load_class(STAGES[stage].module), load_class(STAGES[stage].data)
     with quiet_lightning(), user_errors():
-        if verb != "fit":
-            return use(config, verb=verb, module=module_type(config), data=data_type(config))
         try:
-            return fit(config, make_module=lambda: module_type(config), make_data=lambda: data_type(config))
+            if verb != "fit":
+                return use(config, verb=verb, module=module_type(config), data=data_type(config))
+            with stopping_before_training(Path(config.run_dir)):
+                return fit(
+                    config, make_module=lambda: module_type(config), make_data=lambda: data_type(config)
+                )
         except StoppedBySignalError as error:
             logger.warning("%s; run the same command again to go on", error)
+            if error.signal_number == REQUEUE_SIGNAL and under_slurm():
+                requeue()
             return RunResult(exit_code=128 + error.signal_number)
+        except PrefgenError:
+            raise
+        except Exception as error:
+            if (plain := as_user_error(error, config=config)) is None:
+                raise
+            raise plain from error
 
 
 def load_class(path: str) -> Callable[[StageConfig], Any]:
@@ -127,7 +136,8 @@ def fit(
     Raises:
         StoppedBySignalError: a signal came; a checkpoint was written.
         ConfigError: the folder belongs to a run with another configuration.
-        CheckpointError: its checkpoint cannot be used, or its inputs have changed since.
+        CheckpointError: none of its checkpoints can be used, or its inputs have changed since. Where only the
+            newest cannot, it is set aside with words and the one before it is used.
     """
     run_dir = Path(config.run_dir)
     found = list_checkpoints(run_dir / "checkpoints")
@@ -140,9 +150,11 @@ def fit(
             return finished
     seed_everything(config.seed, verbose=False)
     module, data = make_module(), make_data()
-    if resume is not None:
-        step = int(read_checkpoint(resume, stage=module.stage)["global_step"])
-        logger.info("going on from %s (step %d)", resume, step)
+    if found:
+        resume, content = newest_usable(
+            found, module=module, stage=module.stage, set_aside=rank_zero_only.rank == 0
+        )
+        logger.info("going on from %s (step %d)", resume, int(content["global_step"]))
     trainer = build_trainer(config, extra_callbacks=extra_callbacks, stop_at_step=stop_at_step)
     if trainer.is_global_zero:
         write_text(run_dir / "config.yaml", text=to_yaml(config))
@@ -150,7 +162,8 @@ def fit(
             write_inputs(run_dir, config=config)
     if resume is None and config.trainer.validate_before_fit:
         trainer.validate(module, datamodule=data, verbose=False)
-        write_metrics(run_dir, stage=module.stage, seed=config.seed, before=_metrics(trainer))
+        if trainer.is_global_zero:
+            write_metrics(run_dir, stage=module.stage, seed=config.seed, before=_metrics(trainer))
         seed_everything(config.seed, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume), weights_only=True)
     return _finish(config, trainer=trainer, module=module)
@@ -177,6 +190,7 @@ def _finish(config: StageConfig, *, trainer: Trainer, module: StageModule) -> Ru
     """Write metrics.json and, from the best or else the last weights, the artefact."""
     run_dir = Path(config.run_dir)
     metrics = _metrics(trainer)
+    make_trained_whole(module)
     checkpoint = load_weights(config, module=module)
     if not trainer.is_global_zero:
         return RunResult(metrics=metrics)
@@ -215,16 +229,15 @@ def load_weights(config: StageConfig, *, module: StageModule) -> Path:
     found = list_checkpoints(folder)
     best = folder / BEST_NAME
     if config.checkpoint.monitor is not None and best.is_file():
-        path = best
+        path, checkpoint = best, read_checkpoint(best, stage=module.stage)
+        check_trained(checkpoint["state_dict"], module=module, where=str(path))
     elif found:
-        path = found[-1]
+        path, checkpoint = newest_usable(found, module=module, stage=module.stage)
     else:
         raise CheckpointError(
             f"no checkpoint in {folder}; "
             f"run 'prefgen fit --stage {module.stage} run_dir={config.run_dir}' first"
         )
-    checkpoint = read_checkpoint(path, stage=module.stage)
-    check_trained(checkpoint["state_dict"], module=module, where=str(path))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     ema_state = checkpoint["callbacks"].get(TrainedEMA.__qualname__)
     if ema_state is not None:
@@ -242,19 +255,18 @@ def use(config: StageConfig, *, verb: Verb, module: StageModule, data: Lightning
     """
     run_dir = Path(config.run_dir)
     seed_everything(config.seed, verbose=False)
+    if verb == "predict" and config.trainer.strategy == "fsdp2":  # nothing trains: ranks share the users only
+        config = replace(config, trainer=replace(config.trainer, strategy="ddp"))
     trainer = build_trainer(config)
     checkpoint = load_weights(config, module=module)
     if verb == "predict":
-        data.prepare_data()
-        data.setup("predict")
-        plugin = trainer.precision_plugin
-        module = plugin.convert_module(module).to(trainer.strategy.root_device).eval()
-        with torch.inference_mode(), plugin.forward_context():
-            return RunResult(places={"predictions": module.predict(data), "checkpoint": checkpoint})
+        place = predict(trainer, module=module, data=data)
+        return RunResult(places={"predictions": place, "checkpoint": checkpoint})
     measure = trainer.validate if verb == "validate" else trainer.test
     measure(module, datamodule=data, verbose=False)
     metrics = _metrics(trainer)
-    write_metrics(run_dir, stage=module.stage, seed=config.seed, **{verb: metrics})
+    if trainer.is_global_zero:
+        write_metrics(run_dir, stage=module.stage, seed=config.seed, **{verb: metrics})
     return RunResult(places={"checkpoint": checkpoint, "metrics": run_dir / "metrics.json"}, metrics=metrics)
 
 
@@ -270,7 +282,7 @@ def build_trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        strategy=make_strategy(settings),
         precision=settings.precision,
         max_steps=settings.max_steps,
         max_epochs=settings.max_epochs,
@@ -283,7 +295,8 @@ def build_trainer(
         log_every_n_steps=settings.log_every_n_steps,
         logger=TensorBoardLogger(config.run_dir, name="tensorboard", version="", default_hp_metric=False),
         callbacks=[*extra_callbacks, *_callbacks(config, stop_at_step=stop_at_step)],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
+        default_root_dir=config.run_dir,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
@@ -294,8 +307,9 @@ def build_trainer(
 
 def _callbacks(config: StageConfig, *, stop_at_step: int | None) -> list[Callback]:
     checkpoint = config.checkpoint
-    callbacks: list[Callback] = [StepSeed(seed=config.seed), FiniteLoss()]
-    callbacks.append(TQDMProgressBar(refresh_rate=5) if sys.stderr.isatty() else ProgressLines())
+    callbacks: list[Callback] = [StepSeed(seed=config.seed)]
+    callbacks.append(StepGuard(max_bad_steps=config.guard.max_bad_steps))
+    callbacks.append(ClockBar() if sys.stderr.isatty() else ProgressLines())
     if config.optim.ema_decay is not None:
         callbacks.append(TrainedEMA(decay=config.optim.ema_decay))
     if config.optim.early_stopping_patience is not None:

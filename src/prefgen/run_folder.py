@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
 
-from prefgen.config import StageConfig, resolve_path, to_yaml
+from prefgen.config import StageConfig, is_address, resolve_path, to_yaml
 from prefgen.config_keys import Text, read_yaml, read_yaml_text
+from prefgen.data.index import index_hash
 from prefgen.errors import CheckpointError, ConfigError
 from prefgen.lineage import hash_file
+from prefgen.stages.base import shard_root
 
 CHANGEABLE = frozenset(
     {
@@ -18,10 +21,18 @@ CHANGEABLE = frozenset(
         "trainer.max_epochs",
         "trainer.log_every_n_steps",
         "trainer.num_threads",
+        "trainer.timeout_minutes",
         "loader.num_workers",
+        "loader.stall_seconds",
+        "loader.cache_dir",
+        "loader.cache_gb",
+        "guard.max_bad_steps",
     }
 )
 """Keys that may change when a run goes on. Where the folder lies (workdir, run_dir) is not compared."""
+
+_RANKS = ("trainer.devices", "trainer.num_nodes", "data.batch_size")
+"""Keys that may change together while their product, the samples of a step, stays the same."""
 
 _PLACE = frozenset({"workdir", "run_dir"})
 
@@ -37,19 +48,35 @@ def check_same_run(run_dir: Path, *, config: StageConfig) -> None:
     if not saved.is_file():
         raise CheckpointError(f"{run_dir} has checkpoints but no config.yaml; pass another run_dir=PATH")
     before, now = dict(read_yaml(saved)), dict(read_yaml_text(to_yaml(config), where="the configuration"))
+    free = CHANGEABLE | _PLACE | (frozenset(_RANKS) if _same_samples(before, now) else frozenset())
+    if {before.get("trainer.strategy"), now.get("trainer.strategy")} <= {"auto", "ddp"}:
+        free |= {"trainer.strategy"}  # one form of checkpoint
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in CHANGEABLE | _PLACE:
+        if before.get(key) != now.get(key) and key not in free:
             raise ConfigError(
                 f"{run_dir} was started with {key}={_shown(before.get(key))}, now "
                 f"{key}={_shown(now.get(key))}; when a run goes on only {', '.join(sorted(CHANGEABLE))} "
-                "may change: pass another run_dir=PATH for a new run"
+                "may change, and devices, nodes and data.batch_size together if their product stays the "
+                "same: pass another run_dir=PATH for a new run"
             )
+
+
+def _same_samples(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether both take the same number of samples a step over all ranks."""
+    try:
+        one, other = (math.prod(int(str(keys[name])) for name in _RANKS) for keys in (before, now))
+    except (KeyError, ValueError):
+        return False
+    return one == other
 
 
 def input_hashes(config: StageConfig) -> dict[str, str]:
     """SHA-256 of the file that stands for each input that is there: an index, a LoRA, a projector."""
     hashes = {}
     for needed in config.required_inputs():
+        if is_address(needed.path):
+            hashes[needed.key] = index_hash(shard_root(needed.path, loader=config.loader))
+            continue
         path = resolve_path(needed.path) / needed.member
         if path.is_file():
             hashes[needed.key] = hash_file(path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefgen.data.images import decode_image, encode_webp, sniff
+from prefgen.data.images import accepted_formats, decode_image, encode_webp, sniff
 from prefgen.errors import DataError
 
 
@@ -101,3 +101,12 @@ def test_webp_is_small_and_close():
     flat = Image.new("RGB", (32, 32), (200, 30, 30))
     assert len(encode_webp(flat)) < 300
     assert abs(np.asarray(decode_image(encode_webp(flat), where="x")).astype(int) - [200, 30, 30]).max() < 6
+
+
+def test_formats_that_start_other_programs_are_not_decoded(tmp_path):
+    """Pillow hands PostScript to Ghostscript."""
+    picture = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    for any_format in (False, True):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_image(picture, where="x", any_format=any_format)
+    assert not {"EPS", "WMF", "PDF"} & set(accepted_formats(any_format=True))

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from prefgen.data.index import SampleEntry, ShardEntry, ShardIndex, write_index
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import ShardReader
 from prefgen.errors import CheckpointError, DataError
@@ -97,10 +98,10 @@ def test_iterating_draws_nothing_from_the_global_random_state():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"batch_size": 3}, "batch_size=2"),
+        ({"batch_size": 3}, "batch_size=2 and world_size=1"),
         ({"seed": 6}, "seed=5"),
         ({"drop_last": False}, "order="),
-        ({"world_size": 2}, "world_size=1"),
+        ({"world_size": 2}, "batch_size=2 and world_size=1, but .*world_size=2"),
         ({"dataset": NumberDataset(13)}, "num_samples=12"),
     ],
 )
@@ -206,3 +207,95 @@ def test_workers_outlive_a_signal_meant_for_the_trainer():
     loader.close()
     worker.join(5)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("size", [13, 24, 29])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_meet_the_global_batches_of_one_process(size, drop_last):
+    alone = [batch for batch, _ in make(size, batch_size=6, drop_last=drop_last)]
+    parts = [make(size, rank=rank, world_size=3, drop_last=drop_last) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1  # or ranks would wait for each other for ever
+    together = [sum((batch for batch, _ in step), []) for step in zip(*parts, strict=True)]
+    full = size // 6
+    assert together[:full] == alone[:full]
+    seen = [key for batch in together for key in batch]
+    assert len(seen) == len(set(seen))
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches():
+    straight = [batch for batch, _ in make(24, batch_size=6)]
+    two = [make(24, batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    streams = [iter(loader) for loader in two]
+    first = [next(streams[0])[0] + next(streams[1])[0] for _ in range(2)]
+    three = [make(24, rank=rank, world_size=3) for rank in range(3)]
+    for loader in three:
+        loader.load_state_dict(two[1].state_dict())
+    rest = [sum((batch for batch, _ in step), []) for step in zip(*three, strict=True)]
+    assert first + rest == straight
+    with pytest.raises(CheckpointError, match=r"batch_size=3 and world_size=2, but .*batch size x ranks = 4"):
+        make(24, batch_size=2, rank=0, world_size=2).load_state_dict(two[0].state_dict())
+    windows = {"dataset": NumberDataset(24, shard_sizes=(4,) * 6), "window_shards": 2}
+    with pytest.raises(CheckpointError, match="exact resume needs the same batch_size"):
+        make(**windows, world_size=2).load_state_dict(make(**windows, batch_size=4).state_dict())
+
+
+class SlowNumbers(NumberDataset):
+    """One sample keeps its reader waiting, or kills it."""
+
+    def __init__(self, size, *, at, seconds):
+        super().__init__(size)
+        self.at, self.seconds = at, seconds
+
+    def example(self, index, *, epoch):
+        if index == self.at and self.seconds is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == self.at:
+            time.sleep(self.seconds)
+        return super().example(index, epoch=epoch)
+
+
+def test_a_stuck_worker_is_named():
+    loader = make(dataset=SlowNumbers(8, at=3, seconds=4), num_workers=1, shuffle=False, stall_seconds=1)
+    with pytest.raises(DataError, match=r"no batch for 1 s: .*epoch 0, batch 1 \(samples number 2, 3\)"):
+        keys(loader)
+    loader.close()
+
+
+def test_a_dead_worker_is_said():
+    loader = make(dataset=SlowNumbers(8, at=3, seconds=None), num_workers=1, shuffle=False, stall_seconds=60)
+    with pytest.raises(DataError, match="a loader process died .*lower loader.num_workers"):
+        keys(loader)
+    loader.close()
+
+
+def test_a_stall_without_workers_is_said(caplog):
+    loader = make(dataset=SlowNumbers(4, at=2, seconds=1.8), shuffle=False, stall_seconds=1)
+    with caplog.at_level(logging.WARNING, logger="prefgen"):
+        assert len(keys(loader)) == 4
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("no batch for 1 s (epoch 0, batch 1)")
+
+
+def test_seeking_to_the_end_of_a_large_epoch_costs_no_more_than_its_start(tmp_path):
+    """200,000 samples behind a real index: the time to the first batch at 0 % and at 90 %."""
+    entries = [SampleEntry(f"u{i:06d}", f"u{i:06d}", i % 1000 * 1024, 1024, 1, 1) for i in range(200_000)]
+    shards = tuple(
+        ShardEntry(f"train-{n:06d}.tar", "0" * 64, 1_024_000, tuple(entries[n * 1000 : (n + 1) * 1000]))
+        for n in range(200)
+    )
+    write_index(ShardIndex(kind="histories", splits={"train": shards}), out=tmp_path)
+    reader = ShardReader(tmp_path, split="train")
+
+    class Keys(NumberDataset):
+        def example(self, index, *, epoch):
+            return reader.key(index), torch.zeros(3)
+
+    seconds = []
+    for share in (0.0, 0.9):
+        loader = make(dataset=Keys(len(reader)), batch_size=16)
+        loader.load_state_dict({**loader.state_dict(), "batches_done": int(len(loader) * share)})
+        start = time.perf_counter()
+        next(iter(loader))
+        seconds.append(time.perf_counter() - start)
+    print(f"first batch after {seconds[0]:.3f} s at 0 % and {seconds[1]:.3f} s at 90 %")
+    assert abs(seconds[1] - seconds[0]) < 2

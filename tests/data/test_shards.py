@@ -68,7 +68,7 @@ def test_images_keep_their_bytes_and_the_history_its_words(tmp_path):
 
 
 def test_other_formats_become_webp_and_large_images_shrink(tmp_path):
-    from prefgen.data.shards import BuildLimits
+    from prefgen.data.user_samples import BuildLimits
 
     history = write_raw(tmp_path, num_users=1, splits=False)
     first = next(iter(read_histories(history)))

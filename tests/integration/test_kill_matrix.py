@@ -13,16 +13,11 @@ import torch
 
 from prefgen.checkpoint import checkpoint_name, list_checkpoints
 from prefgen.testing.resume import assert_same
+from prefgen.testing.stages import STAGE_ARTEFACTS, tiny_settings
 from prefgen.testing.study import save_tiny_workdir
 
 STEPS, EVERY = 160, 8
 KILLS = ("after a checkpoint", "while one is written", "after a checkpoint")
-ARTEFACTS = {
-    "vqa": "lora/adapter_model.safetensors",
-    "probe": "probe.json",
-    "align": "projector.safetensors",
-    "inject": "user_adapter.safetensors",
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,55 +26,15 @@ def workdir(tmp_path_factory):
 
 
 def command(stage, *, workdir, run_dir, num_workers):
-    models = workdir / "models"
-    own = {
-        "vqa": {
-            "model.mllm": models / "mllm",
-            "model.lora_rank": 2,
-            "data.batch_size": 4,
-            "data.num_liked": "[1,4]",
-            "data.num_disliked": "[1,4]",
-            "data.eval_references": 3,
-            "data.eval_queries": 4,
-            "questions.num_listed_users": 1,
-        },
-        "probe": {
-            "model.mllm": models / "mllm",
-            "model.image_encoder": models / "pipeline" / "image_encoder",
-            "data.batch_size": 16,
-            "data.inter_train_draws": 6,
-            "data.inter_test_draws": 4,
-            "data.inter_references": 3,
-            "data.intra_references": 4,
-            "probe.num_resamples": 50,
-        },
-        "align": {
-            "model.pipeline": models / "pipeline",
-            "model.hidden_width": 16,
-            "data.batch_size": 8,
-            "data.orders_per_user": 2,
-            "align.group_size": 4,
-        },
-        "inject": {
-            "model.pipeline": models / "pipeline",
-            "model.memory_format": "contiguous",
-            "data.batch_size": 4,
-            "inject.sample_every_n_steps": 0,
-        },
-    }[stage]
     common = {
-        "workdir": workdir,
         "run_dir": run_dir,
-        "trainer.accelerator": "cpu",
-        "trainer.precision": "32-true",
-        "trainer.validate_before_fit": "false",
         "trainer.max_steps": STEPS,
         "trainer.val_check_interval": STEPS,
         "trainer.num_threads": 1,
         "checkpoint.every_n_steps": EVERY,
         "loader.num_workers": num_workers,
     }
-    words = [f"{key}={value}" for key, value in (common | own).items()]
+    words = [f"{key}={value}" for key, value in (tiny_settings(stage, workdir=workdir) | common).items()]
     return [sys.executable, "-m", "prefgen", "fit", "--stage", stage, *words]
 
 
@@ -107,7 +62,7 @@ def kill_at(process, *, folder, moment, after, pause):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stage", list(ARTEFACTS))
+@pytest.mark.parametrize("stage", list(STAGE_ARTEFACTS))
 def test_three_kills_lose_nothing(stage, num_workers, workdir, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     runs = {name: tmp_path / name for name in ("straight", "killed")}
@@ -138,6 +93,6 @@ def test_three_kills_lose_nothing(stage, num_workers, workdir, tmp_path):
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(straight[part], killed[part], where=f"{stage} {part}")
-    artefacts = [(run / ARTEFACTS[stage]).read_bytes() for run in runs.values()]
+    artefacts = [(run / STAGE_ARTEFACTS[stage]).read_bytes() for run in runs.values()]
     assert artefacts[0] == artefacts[1]
     assert not list(Path(folder).glob("*.part"))

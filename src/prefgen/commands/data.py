@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefgen.commands.data_build import add_build
 from prefgen.commands.data_encode import add_encode
 from prefgen.commands.data_import import add_import
 from prefgen.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     _add_agents(actions)
     _add_drawings(actions)
     add_import(actions)
-    _add_build(actions)
+    add_build(actions)
     add_encode(actions)
     _add_inspect(actions)
     _add_verify(actions)
@@ -63,31 +64,6 @@ def _add_drawings(actions: Any) -> None:
         "--workers", type=int, default=None, help="processes; changes nothing else (all cores)"
     )
     parser.set_defaults(run=run_drawings)
-
-
-def _add_build(actions: Any) -> None:
-    text = "pack histories and their images into shards"
-    parser = actions.add_parser("build", help=text, description=text.capitalize() + ".")
-    parser.add_argument("--history", type=Path, required=True, help="history.jsonl; images relative to it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards and index.json")
-    parser.add_argument("--users-per-shard", type=int, default=64, help="users in one tar file (64)")
-    parser.add_argument(
-        "--max-images-per-sample", type=int, default=64, help="a user with more becomes several samples (64)"
-    )
-    parser.add_argument(
-        "--fractions",
-        default="0.9,0.05,0.05",
-        help="train,validation,test of users whose line names none",
-    )
-    parser.add_argument("--max-side", type=int, default=0, help="shrink larger images; 0 keeps all sizes (0)")
-    parser.add_argument(
-        "--on-bad",
-        choices=("raise", "skip"),
-        default="raise",
-        help="stop at the first bad image, or leave bad images out and count them (raise)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the shards already in --out")
-    parser.set_defaults(run=run_build)
 
 
 def _add_inspect(actions: Any) -> None:
@@ -142,44 +118,6 @@ def run_drawings(args: argparse.Namespace) -> int:
         args.out, counts=counts, seed=args.seed, image_size=args.image_size, num_workers=args.workers
     )
     print(f"{sum(counts.values()):,} captioned drawings are in {len(paths)} shards at {args.out}")
-    return 0
-
-
-def run_build(args: argparse.Namespace) -> int:
-    """``prefgen data build``."""
-    from tqdm import tqdm
-
-    from prefgen.data.shards import BuildLimits, count_histories, read_histories, write_shards
-
-    fractions = split_fractions(args.fractions)
-    total = count_histories(args.history)
-    with tqdm(total=total, unit="user", desc="build", dynamic_ncols=True, delay=0.3) as bar:
-
-        def show(*, users: int, images: int) -> None:
-            bar.set_postfix(images=images, refresh=False)
-            bar.update(users - bar.n)
-
-        index = write_shards(
-            read_histories(args.history),
-            root=args.history.parent,
-            out=args.out,
-            users_per_shard=args.users_per_shard,
-            max_images_per_sample=args.max_images_per_sample,
-            fractions=fractions,
-            on_bad=args.on_bad,
-            limits=BuildLimits(max_side=args.max_side),
-            overwrite=args.overwrite,
-            progress=show,
-        )
-    for split in index.splits:
-        counts = index.counts(split)
-        print(
-            f"{split}: {counts.users:,} users, {counts.liked:,} liked, {counts.disliked:,} disliked images, "
-            f"{counts.bytes / 1e6:,.1f} MB"
-        )
-    for reason, count in sorted(index.dropped.items()):
-        print(f"left out: {count:,} x {reason}")
-    print(f"shards are in {args.out}")
     return 0
 
 
@@ -265,16 +203,3 @@ def _histogram(found: SplitSummary, *, num_bins: int = 8) -> list[str]:
         if any(users):
             rows.append(f"  {name:>9}{users[0]:>9,}{users[1]:>10,}")
     return rows
-
-
-def split_fractions(text: str) -> tuple[float, float, float]:
-    """``--fractions``: shares of train, validation and test.
-
-    Raises:
-        ConfigError: not three numbers.
-    """
-    try:
-        train, validation, test = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--fractions: expected three numbers like 0.9,0.05,0.05, got '{text}'") from None
-    return train, validation, test

@@ -75,7 +75,7 @@ def add_import(actions: Any) -> None:
 
 def run_import(args: argparse.Namespace) -> int:
     """``prefgen data import``."""
-    from prefgen.commands.data import split_fractions
+    from prefgen.commands.data_build import split_fractions
 
     clean, fractions = parse_steps(args.clean), split_fractions(args.fractions)
     from prefgen.data.shards import assign_split

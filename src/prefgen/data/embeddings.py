@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefgen.data.index import ShardIndex, local_path, parse_json, read_index
+from prefgen.data.index import ShardIndex, open_root, parse_json, read_index
+from prefgen.data.parts import Part
 from prefgen.data.reader import MAX_JSON_BYTES, OnBad, SkipCounter
+from prefgen.data.remote import RemoteFolder
 from prefgen.data.tarstore import ShardFiles, ShardFolder, split_members
 from prefgen.errors import CheckpointError, DataError
 from prefgen.schema import Split
@@ -29,6 +31,7 @@ ARRAYS = ("core", "sem", "core_negative", "sem_negative", "image")
 DRAW_ARRAYS = ARRAYS[:4]
 JSON_MEMBER = "user.json"
 MAX_ARRAY_BYTES = 1 << 30
+USERS_PER_SHARD = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,14 @@ class EmbeddingWriter:
     """
 
     def __init__(
-        self, out: Path | str, *, header: dict[str, Any], users_per_shard: int = 256, overwrite: bool = False
+        self,
+        out: Path | str,
+        *,
+        header: dict[str, Any],
+        users_per_shard: int = USERS_PER_SHARD,
+        overwrite: bool = False,
+        part: Part | None = None,
+        first_shards: Mapping[Split, int] | None = None,
     ) -> None:
         """Prepare ``out``.
 
@@ -89,6 +99,8 @@ class EmbeddingWriter:
             header: plain json: which MLLM, lora, layers, poolings and image encoder (hashes).
             users_per_shard: users in one tar file.
             overwrite: replace an earlier set.
+            part: write a part of the set; see :class:`prefgen.data.tarstore.ShardFolder`.
+            first_shards: number of the part's first tar file of each split.
 
         Raises:
             DataError: the folder is occupied, or the header is not plain json.
@@ -98,7 +110,13 @@ class EmbeddingWriter:
         except (TypeError, ValueError) as error:
             raise DataError(f"embedding header must be plain json ({error})") from None
         self._folder = ShardFolder(
-            out, kind="embeddings", samples_per_shard=users_per_shard, overwrite=overwrite
+            out,
+            kind="embeddings",
+            samples_per_shard=users_per_shard,
+            overwrite=overwrite,
+            part=part,
+            first_shards=first_shards,
+            plan=json.dumps(self._header, sort_keys=True),
         )
         self._shapes: dict[str, int] = {}
 
@@ -145,9 +163,9 @@ class EmbeddingReader:
         shard_sizes: users in each shard, in order.
     """
 
-    def __init__(self, root: Path | str, *, split: Split, on_bad: OnBad = "raise") -> None:
+    def __init__(self, root: Path | str | RemoteFolder, *, split: Split, on_bad: OnBad = "raise") -> None:
         """Open; arguments and errors as for :class:`prefgen.data.reader.ShardReader`."""
-        self.root = local_path(root)
+        self.root = open_root(root)
         self.split = split
         self.index = read_index(self.root, kind="embeddings")
         shards = self.index.shards(split, where=self.root)

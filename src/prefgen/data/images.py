@@ -18,6 +18,9 @@ MAX_IMAGE_BYTES = 64 << 20
 FORMATS = {"webp": "WEBP", "jpeg": "JPEG", "png": "PNG"}
 """Encodings a shard may hold, by member extension."""
 
+OTHER_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "QOI", "TIFF")
+"""What builders also read. Pillow knows more, some of which start other programs (EPS runs Ghostscript)."""
+
 
 def sniff(data: bytes) -> str | None:
     """Extension of an encoding that shards hold, by its first bytes; ``None`` for anything else."""
@@ -30,6 +33,14 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
+def accepted_formats(*, any_format: bool) -> list[str]:
+    """Pillow's names of what is decoded, as far as this build of Pillow has them."""
+    if not any_format:
+        return list(FORMATS.values())
+    Image.init()
+    return [*FORMATS.values(), *(name for name in OTHER_FORMATS if name in Image.OPEN)]
+
+
 def decode_image(
     data: bytes, *, where: str, max_pixels: int = MAX_PIXELS, any_format: bool = False
 ) -> Image.Image:
@@ -39,7 +50,7 @@ def decode_image(
         data: encoded image.
         where: shard, key and member for the message.
         max_pixels: width times height allowed, checked before any pixel is decoded.
-        any_format: accept every format Pillow knows, not only those of :data:`FORMATS` (builders do).
+        any_format: accept :data:`OTHER_FORMATS` too (builders do).
 
     Raises:
         DataError: not an accepted image, too large, or damaged.
@@ -48,7 +59,7 @@ def decode_image(
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its own limit; ours below is the one that counts.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=None if any_format else list(FORMATS.values()))
+            image = Image.open(io.BytesIO(data), formats=accepted_formats(any_format=any_format))
         width, height = image.size
         if width * height > max_pixels:
             raise DataError(

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from prefgen.data.remote import RemoteFolder
 from prefgen.errors import DataError
+from prefgen.lineage import hash_file
 from prefgen.schema import SCHEMA_VERSION, SPLITS, Split
 
 INDEX_NAME = "index.json"
@@ -122,7 +124,7 @@ def group_users(shard: ShardEntry) -> Iterator[tuple[SampleEntry, ...]]:
         yield tuple(group)
 
 
-def write_index(index: ShardIndex, *, out: Path) -> Path:
+def write_index(index: ShardIndex, *, out: Path, name: str = INDEX_NAME) -> Path:
     """Write ``index.json`` into ``out`` atomically (temporary name, fsync, rename) and return its path."""
     record = {
         "schema_version": index.schema_version,
@@ -138,38 +140,43 @@ def write_index(index: ShardIndex, *, out: Path) -> Path:
             if index.splits.get(split)
         },
     }
-    temporary = out / f".{INDEX_NAME}.tmp"
+    temporary = out / f".{name}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(record, file, ensure_ascii=False, separators=(",", ":"))
         file.flush()
         os.fsync(file.fileno())
-    path = out / INDEX_NAME
+    path = out / name
     temporary.replace(path)
     return path
 
 
-def read_index(path: Path | str, *, kind: Kind | None = None) -> ShardIndex:
+def read_index(path: Path | str | RemoteFolder, *, kind: Kind | None = None) -> ShardIndex:
     """Read and check an index.
 
     Args:
-        path: the shard folder, or its ``index.json``.
+        path: the shard folder, or its ``index.json``. An address must come as a :class:`RemoteFolder`; text
+            that looks like one is refused.
         kind: what it must hold; ``None`` accepts either.
 
     Raises:
         DataError: missing, a URL or pipe, no json, another schema version, another kind, or inconsistent.
     """
-    file = local_path(path)
-    file = file / INDEX_NAME if file.is_dir() else file
+    if isinstance(path, RemoteFolder):
+        file = path.index_path(INDEX_NAME)
+    else:
+        file = local_path(path)
+        file = file / INDEX_NAME if file.is_dir() else file
     if not file.is_file():
         raise DataError(
             f"no shard index at {file}; make one with 'prefgen data build' or pass another folder"
         )
-    record = parse_json(file.read_bytes(), where=str(file), max_bytes=MAX_INDEX_BYTES)
+    where = path / INDEX_NAME if isinstance(path, RemoteFolder) else str(file)
+    record = parse_json(file.read_bytes(), where=where, max_bytes=MAX_INDEX_BYTES)
     try:
-        return _parse_index(record, where=str(file), kind=kind)
+        return _parse_index(record, where=where, kind=kind)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{file}: damaged index ({type(error).__name__}: {error}); build the shards again"
+            f"{where}: damaged index ({type(error).__name__}: {error}); build the shards again"
         ) from None
 
 
@@ -183,6 +190,20 @@ def local_path(address: Path | str) -> Path:
     if text.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) or "\x00" in text:
         raise DataError(f"{text!r} is not a local path; pipes and URLs are refused: pass a folder of shards")
     return Path(address)
+
+
+def open_root(root: Path | str | RemoteFolder) -> Path | RemoteFolder:
+    """A folder that a reader is given: remote ones as they are, others through :func:`local_path`."""
+    return root if isinstance(root, RemoteFolder) else local_path(root)
+
+
+def index_hash(root: Path | RemoteFolder) -> str:
+    """SHA-256 of a set's ``index.json``, which stands for all of its shards, as hex.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return hash_file(root.index_path(INDEX_NAME) if isinstance(root, RemoteFolder) else root / INDEX_NAME)
 
 
 def parse_json(data: bytes, *, where: str, max_bytes: int) -> Any:
@@ -239,6 +260,18 @@ def _parse_index(record: Any, *, where: str, kind: Kind | None) -> ShardIndex:
     return ShardIndex(
         kind=found, splits=splits, header=dict(record["header"]), dropped=dict(record["dropped"])
     )
+
+
+def check_unique_users(index: ShardIndex, *, where: str) -> None:
+    """Refuse an index in which a user lives in two places.
+
+    Raises:
+        DataError: naming the user and both places.
+    """
+    owner: dict[str, str] = {}
+    for shards in index.splits.values():
+        for shard in shards:
+            _check_owners(shard, owner=owner, where=where)
 
 
 def _check_owners(shard: ShardEntry, *, owner: dict[str, str], where: str) -> None:

@@ -12,27 +12,26 @@ iterator goes on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from prefgen.data.order import epoch_order, fingerprint, full_batches, group_batches, rank_share
+from prefgen.data.epoch_batches import EpochBatches
+from prefgen.data.loader_checks import checked_position, worker_trouble
 from prefgen.data.reader import OnBad, SkipCounter
 from prefgen.data.workers import (
     BatchPlan,
     Collate,
     ExampleDataset,
     Examples,
-    GroupedDataset,
     Packet,
+    StallWatch,
     start_worker,
     stop_workers,
 )
-from prefgen.errors import CheckpointError, DataError
+from prefgen.errors import DataError
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -65,6 +64,7 @@ class ResumableLoader(Generic[T, B]):
         limit_batches: int | None = None,
         on_bad: OnBad = "raise",
         prefetch_factor: int = 2,
+        stall_seconds: int = 0,
         multiprocessing_context: str | None = None,
         name: str = "samples",
     ) -> None:
@@ -79,12 +79,16 @@ class ResumableLoader(Generic[T, B]):
             drop_last: leave out an incomplete last batch.
             num_workers: processes; 0 works in this one. Never changes what comes.
             collate_fn: list of examples -> batch; a module-level function or object.
-            rank: this process among ``world_size``.
+            rank: this process among ``world_size``. In training the ranks' batches lie side by side in the
+                order: W ranks with batches of B see the global batches of one process with batches of W x B.
+                With ``window_shards`` every rank reads a part of its own instead.
             world_size: number of processes that share the data.
             window_shards: shuffle inside windows of so many shards; the data set must have ``shard_sizes``.
             limit_batches: end every epoch after so many batches.
             on_bad: let a sample's DataError pass, or leave the sample out, count and log it (smaller batch).
             prefetch_factor: batches every worker prepares ahead.
+            stall_seconds: how long a batch may take. Then workers count as stuck, a DataError; without
+                workers a warning says what is waited for. 0 waits for ever.
             multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
             name: what the samples are called in messages, such as "users of split train".
 
@@ -96,18 +100,23 @@ class ResumableLoader(Generic[T, B]):
         self.num_workers = num_workers
         self.epoch = 0
         self.batches_done = 0
-        self._seed = seed
         self._shuffle = shuffle
-        self._drop_last = drop_last
-        self._rank = rank
-        self._world_size = world_size
-        self._window_shards = window_shards
-        self._limit_batches = limit_batches
-        self._eval_batches: int | None = None
+        self._batches = EpochBatches(
+            dataset,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            window_shards=window_shards,
+            limit_batches=limit_batches,
+        )
+        self._batches.check(name=name, num_workers=num_workers)
         self._skips = SkipCounter()
         self._moves = 0
-        self._num_groups = int(getattr(dataset, "num_groups", 1))
-        self._check(name)
+        self._stall_seconds = stall_seconds
+        self._watch = StallWatch(seconds=0 if num_workers else stall_seconds)
         self._plan = BatchPlan()
         self._loader: DataLoader[Any] = DataLoader(
             Examples(dataset, on_bad=on_bad),
@@ -118,6 +127,7 @@ class ResumableLoader(Generic[T, B]):
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
+            timeout=stall_seconds if num_workers else 0,
             # torch draws a base seed for each pass; from the global generator, dropout would depend on how
             # often the loader was started, and a resumed run would differ.
             generator=torch.Generator().manual_seed(seed),
@@ -126,11 +136,7 @@ class ResumableLoader(Generic[T, B]):
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
-        full, rest = divmod(self._share_size(), self.batch_size)
-        batches = full if self._drop_last else full + bool(rest)
-        if self._num_groups > 1:
-            batches = self._grouped_length()
-        return batches if self._limit_batches is None else min(batches, self._limit_batches)
+        return self._batches.count(epoch=self.epoch)
 
     def __iter__(self) -> Iterator[B]:
         """Training goes on where the consumer stopped, to the end of that epoch; evaluation begins anew.
@@ -159,26 +165,24 @@ class ResumableLoader(Generic[T, B]):
             "version": STATE_VERSION,
             "epoch": self.epoch,
             "batches_done": self.batches_done,
-            **self._identity(),
+            **self._batches.identity(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Seek. The state may come from any rank and from any number of workers.
+        """Seek. The state may come from any rank and any number of workers.
+
+        It may also come from another number of ranks, if ranks x batch size is the same and the order is not
+        in windows: the global batches are then the same ones.
 
         Raises:
-            CheckpointError: the state is of another order: other data, seed, batch size or number of ranks.
+            CheckpointError: the state is of another order: other data, seed, or samples a step.
         """
-        for key, mine in {"version": STATE_VERSION, **self._identity()}.items():
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"the data position in the checkpoint was saved with {key}={state.get(key)!r}, but this "
-                    f"run has {key}={mine!r}; exact resume needs the same {key}"
-                )
-        epoch, done = state.get("epoch"), state.get("batches_done")
-        if not isinstance(epoch, int) or not isinstance(done, int) or epoch < 0 or not 0 <= done <= len(self):
-            raise CheckpointError(
-                f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
-            )
+        epoch, done = checked_position(
+            state,
+            expected={"version": STATE_VERSION, **self._batches.identity()},
+            length=len(self),
+            any_split=self._batches.by_turns,
+        )
         self._move(epoch=epoch, batches_done=done)
 
     def close(self) -> None:
@@ -186,104 +190,44 @@ class ResumableLoader(Generic[T, B]):
         stop_workers(self._loader)
         self._moves += 1
 
-    def _identity(self) -> dict[str, int | str]:
-        sizes = tuple(getattr(self.dataset, "shard_sizes", ())) if self._window_shards else ()
-        return {
-            "seed": self._seed,
-            "batch_size": self.batch_size,
-            "world_size": self._world_size,
-            "num_samples": len(self.dataset),
-            "order": fingerprint(
-                self._shuffle,
-                self._drop_last,
-                self._window_shards,
-                self._limit_batches,
-                sizes,
-                *((self._num_groups,) if self._num_groups > 1 else ()),
-            ),
-        }
-
     def _move(self, *, epoch: int, batches_done: int) -> None:
         self.epoch = epoch
         self.batches_done = batches_done
         self._moves += 1
 
-    def _grouped_length(self) -> int:
-        """The same in every epoch: those that fill for certain, or, in evaluation, all of them."""
-        if self._drop_last:
-            return full_batches(self._share_size(), num_groups=self._num_groups, batch_size=self.batch_size)
-        if self._eval_batches is None:
-            self._eval_batches = len(self._grouped(epoch=0))
-        return self._eval_batches
-
-    def _grouped(self, *, epoch: int) -> list[list[int]]:
-        """Batches of this rank in an epoch, each of one group."""
-        return group_batches(
-            self._order(epoch=epoch),
-            groups=cast(GroupedDataset, self.dataset).groups(epoch=epoch),
-            batch_size=self.batch_size,
-            keep_rest=not self._drop_last,
-        )
-
-    def _share_size(self) -> int:
-        share = rank_share(len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal)
-        return len(range(share.start, share.stop))
-
-    @property
-    def _equal(self) -> bool:
-        return self._shuffle or self._drop_last
-
-    def _check(self, name: str) -> None:
-        sizes = {"batch_size": self.batch_size, "world_size": self._world_size}
-        optional = {"window_shards": self._window_shards, "limit_batches": self._limit_batches}
-        sizes |= {key: value for key, value in optional.items() if value is not None}
-        for key, value in sizes.items():
-            if value < 1:
-                raise DataError(f"{key} must be at least 1, got {value}")
-        if self.num_workers < 0 or not 0 <= self._rank < self._world_size:
-            raise DataError(
-                f"need num_workers >= 0 and 0 <= rank < world_size, got num_workers={self.num_workers}, "
-                f"rank={self._rank}, world_size={self._world_size}"
-            )
-        have, ranks = len(self.dataset), self._world_size
-        per_rank = self.batch_size if self._drop_last else 1
-        if have < ranks * per_rank:
-            raise DataError(
-                f"{have} {name} cannot give {ranks} rank(s) a batch of {per_rank} each "
-                f"({ranks} x {per_rank} = {ranks * per_rank} needed); "
-                f"lower the batch size{f' to {have // ranks} or less' if have >= ranks else ''}, "
-                "use fewer ranks, or build more data"
-            )
-        if self._num_groups > 1 and not len(self):
-            raise DataError(
-                f"{have // ranks} {name} a rank in {self._num_groups} groups fill no batch of "
-                f"{self.batch_size} for certain; lower the batch size or the number of groups"
-            )
-        if self._window_shards is not None and sum(getattr(self.dataset, "shard_sizes", ())) != have:
-            raise DataError("window_shards needs a data set whose shard_sizes sum to its length")
-
     def _start(self) -> Iterator[Packet[B]]:
         """Iterator over the rest of the current epoch, from the current position."""
         self._plan.epoch = self.epoch
-        if self._num_groups > 1:
-            self._plan.batches = self._grouped(epoch=self.epoch)[self.batches_done : len(self)]
-            return iter(self._loader)
-        first = self.batches_done * self.batch_size
-        mine = self._order(epoch=self.epoch)[first : len(self) * self.batch_size].tolist()
-        self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        self._plan.batches = self._batches.of(self.epoch, start=self.batches_done)
         return iter(self._loader)
 
-    def _order(self, *, epoch: int) -> NDArray[np.int64]:
-        """Positions that this rank reads in an epoch."""
-        order = epoch_order(
-            len(self.dataset),
-            seed=self._seed,
-            epoch=epoch,
-            shuffle=self._shuffle,
-            shard_sizes=getattr(self.dataset, "shard_sizes", ()),
-            window_shards=self._window_shards,
-        )
-        return order[rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)]
+    def _next(self, source: Iterator[Packet[B]]) -> Packet[B]:
+        """The next packet; what keeps it from coming is said in words.
+
+        Raises:
+            DataError: the workers are stuck or dead.
+        """
+        self._watch.begin(f"epoch {self.epoch}, batch {self.batches_done}")
+        try:
+            return next(source)
+        except RuntimeError as error:
+            trouble = worker_trouble(
+                error,
+                where=f"epoch {self.epoch}, batch {self.batches_done}",
+                samples=self._due(),
+                num_workers=self.num_workers,
+                seconds=self._stall_seconds,
+            )
+            if trouble is None:
+                raise
+            raise trouble from None
+        finally:
+            self._watch.end()
+
+    def _due(self) -> Sequence[int]:
+        """Positions of the samples of the batch that is waited for."""
+        left = len(self) - self.batches_done
+        return self._plan.batches[-left] if 0 < left <= len(self._plan.batches) else ()
 
     def _hand_over(self, packet: Packet[B]) -> B:
         if packet.failure is not None:
@@ -321,4 +265,4 @@ class _Batches(Generic[T, B]):
         if self._moves != owner._moves:
             self._source = owner._start()
             self._moves = owner._moves
-        return owner._hand_over(next(self._source))
+        return owner._hand_over(owner._next(self._source))

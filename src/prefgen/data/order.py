@@ -49,7 +49,7 @@ def epoch_order(
 
 
 def rank_share(num_samples: int, *, rank: int, world_size: int, equal: bool) -> slice:
-    """The contiguous part of an epoch's order that one rank reads: windows of shards stay local to it.
+    """The contiguous part of an epoch's order that one rank reads: evaluation, and windows of shards.
 
     Args:
         num_samples: size of the data set.
@@ -93,6 +93,33 @@ def group_batches(
 def full_batches(num_samples: int, *, num_groups: int, batch_size: int) -> int:
     """Batches that :func:`group_batches` fills at least, however the samples fall into groups."""
     return max(0, -(-(num_samples - num_groups * (batch_size - 1)) // batch_size))
+
+
+def rank_positions(
+    num_samples: int, *, rank: int, world_size: int, batch_size: int, equal: bool, by_turns: bool
+) -> NDArray[np.int64]:
+    """Places in an epoch's order that one rank reads, batch after batch.
+
+    Args:
+        num_samples: size of the data set.
+        rank: 0 .. world_size - 1.
+        world_size: number of ranks.
+        batch_size: samples a batch on each rank.
+        equal: see :func:`rank_share`.
+        by_turns: the ranks' batches lie side by side, so that W ranks with batches of B meet the same global
+            batches as one process with batches of W x B. Otherwise every rank reads one contiguous part.
+
+    Returns:
+        int64 positions; of all ranks together each at most once.
+    """
+    if not by_turns:
+        share = rank_share(num_samples, rank=rank, world_size=world_size, equal=equal)
+        return np.arange(share.start, share.stop, dtype=np.int64)
+    size = num_samples // world_size
+    full, rest = divmod(size, batch_size)
+    turns = (np.arange(full, dtype=np.int64)[:, None] * world_size + rank) * batch_size
+    start = full * world_size * batch_size + rank * rest
+    return np.concatenate([(turns + np.arange(batch_size)).ravel(), np.arange(start, start + rest)])
 
 
 def fingerprint(*parts: object) -> str:

@@ -10,7 +10,8 @@ from typing import Literal
 from prefgen.data.images import MAX_IMAGE_BYTES, sniff
 from prefgen.data.images import decode_image as decode_image
 from prefgen.data.index import SampleEntry as SampleEntry
-from prefgen.data.index import ShardEntry, ShardIndex, group_users, local_path, parse_json, read_index
+from prefgen.data.index import ShardEntry, ShardIndex, group_users, open_root, parse_json, read_index
+from prefgen.data.remote import RemoteFolder
 from prefgen.data.tarstore import ShardFiles, split_members
 from prefgen.errors import DataError
 from prefgen.schema import HISTORY_SUFFIX, RatedImage, Side, Split, UserHistory, image_key
@@ -84,7 +85,7 @@ class ShardReader:
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | RemoteFolder,
         *,
         split: Split,
         on_bad: OnBad = "raise",
@@ -93,7 +94,7 @@ class ShardReader:
         """Open.
 
         Args:
-            root: folder with ``index.json``.
+            root: folder with ``index.json``, here or in an object store.
             split: train, validation or test.
             on_bad: raise on a bad sample, or return ``None`` for it, count it and log it.
             max_image_bytes: most bytes of one encoded image.
@@ -101,7 +102,7 @@ class ShardReader:
         Raises:
             DataError: no index, another schema version, no such split, a URL or pipe.
         """
-        self.root = local_path(root)
+        self.root = open_root(root)
         self.split = split
         self.index: ShardIndex = read_index(self.root, kind="histories")
         shards = self.index.shards(split, where=self.root)

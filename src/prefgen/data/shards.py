@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, cast
 
-from prefgen.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode_image, encode_webp, sniff
-from prefgen.data.index import ShardIndex, local_path, parse_json
+from prefgen.data.index import ShardEntry, ShardIndex, local_path, parse_json, write_index
+from prefgen.data.parts import PARTS_FOLDER, WHOLE, Part, write_part_index
 from prefgen.data.reader import MAX_JSON_BYTES, OnBad
-from prefgen.data.tarstore import ShardFolder
+from prefgen.data.tarstore import prepare_folder, remove_shards
+from prefgen.data.user_samples import BuildLimits, Packed, PackJob, pack
 from prefgen.errors import DataError
-from prefgen.schema import HISTORY_SUFFIX, RatedImage, Side, Split, UserHistory, image_member
-
-logger = logging.getLogger(__name__)
+from prefgen.schema import Split, UserHistory
 
 DEFAULT_FRACTIONS = (0.9, 0.05, 0.05)
 """Share of train, validation and test among users whose history names no split."""
@@ -30,23 +28,6 @@ class Progress(Protocol):
 
     def __call__(self, *, users: int, images: int) -> None:
         """``users`` and ``images`` finished so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildLimits:
-    """What building accepts.
-
-    Attributes:
-        max_images_per_sample: a user with more becomes several samples.
-        max_image_bytes: of one encoded file.
-        max_pixels: of one image, checked before decoding.
-        max_side: larger images are scaled down and encoded anew; 0 keeps every size.
-    """
-
-    max_images_per_sample: int = 64
-    max_image_bytes: int = MAX_IMAGE_BYTES
-    max_pixels: int = MAX_PIXELS
-    max_side: int = 0
 
 
 def count_histories(path: Path | str) -> int:
@@ -116,25 +97,30 @@ def write_shards(
     on_bad: OnBad = "raise",
     limits: BuildLimits | None = None,
     overwrite: bool = False,
+    num_workers: int = 0,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> ShardIndex:
     """Build the shards of all splits in one pass and bounded memory.
 
     Webp, jpeg and png files keep their bytes; other formats become webp. Every image is decoded once, so that
-    what the shards hold is known to be readable.
+    what the shards hold is known to be readable. The users of a tar file follow from the histories' order
+    alone: any number of workers or parts writes the same bytes.
 
     Args:
         histories: users, in the order they shall have in the shards.
         root: folder the image paths are relative to; nothing outside it is read.
         out: folder for ``<split>-000000.tar`` .. and ``index.json``.
-        users_per_shard: users in one tar file.
+        users_per_shard: users in one tar file; fewer where some of them have no usable image.
         max_images_per_sample: a user with more images becomes several samples.
         fractions: see :func:`assign_split`.
         on_bad: raise at the first bad image, or leave it out and count it in the index's ``dropped``. A user
             left without images is dropped and counted too. Two users with one id are always an error.
         limits: sizes accepted; default :class:`BuildLimits`.
         overwrite: replace an earlier set in ``out``.
-        progress: called after each user.
+        num_workers: processes that read and decode; 0 works in this one.
+        part: build only every ``part.count``-th tar file, for :func:`prefgen.data.parts.merge_parts`.
+        progress: called after each user, or after each tar file of a worker.
 
     Raises:
         DataError: bad image or path (with ``on_bad="raise"``), two users with one id, no users at all.
@@ -142,119 +128,128 @@ def write_shards(
     limits = replace(limits or BuildLimits(), max_images_per_sample=max_images_per_sample)
     if max_images_per_sample < 2:
         raise DataError(f"max images per sample: expected at least 2, got {max_images_per_sample}")
-    dropped: Counter[str] = Counter()
-    loader = _ImageLoader(Path(root), limits=limits, on_bad=on_bad, dropped=dropped)
-    users: set[str] = set()
-    images = 0
-    with ShardFolder(out, kind="histories", samples_per_shard=users_per_shard, overwrite=overwrite) as folder:
+    if users_per_shard < 1:
+        raise DataError(f"users per shard: expected at least 1, got {users_per_shard}")
+    out = Path(out)
+    folder = out if part is None else out / PARTS_FOLDER
+    if part is None:
+        prepare_folder(out, overwrite=overwrite)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / part.index_name).unlink(missing_ok=True)
+    plan = _Plan(fractions=fractions, users_per_shard=users_per_shard)
+    mine = part or WHOLE
+    jobs = (
+        PackJob(path=folder / name, users=users, root=Path(root), limits=limits, on_bad=on_bad)
+        for number, (name, users) in enumerate(plan.chunks(histories))
+        if number % mine.count == mine.number
+    )
+    counted = _Counted(progress)
+    try:
+        packed = run_jobs(jobs, num_workers=num_workers, done=counted)
+    except BaseException:
+        if part is None:
+            remove_shards(out)  # or the next try would find the folder occupied
+        raise
+    index = _index_of(packed)
+    if part is not None:
+        settings = (users_per_shard, fractions, on_bad, limits)
+        write_part_index(index, out=out, part=part, plan=plan.fingerprint(settings))
+        return index
+    if not index.splits:
+        raise DataError(f"no users with images to build shards from ({plan.num_users} histories read)")
+    write_index(index, out=out)
+    return index
+
+
+class _Plan:
+    """Which users go into which tar file: a pure function of the histories' order."""
+
+    def __init__(self, *, fractions: tuple[float, float, float], users_per_shard: int) -> None:
+        self._fractions, self._limit = fractions, users_per_shard
+        self._seen: set[str] = set()
+        self._digest = hashlib.sha256()
+
+    @property
+    def num_users(self) -> int:
+        """Histories read so far."""
+        return len(self._seen)
+
+    def fingerprint(self, settings: object) -> str:
+        """Of the histories read and of settings."""
+        return hashlib.sha256(f"{self._digest.hexdigest()} {settings!r}".encode()).hexdigest()
+
+    def chunks(self, histories: Iterable[UserHistory]) -> Iterator[tuple[str, tuple[UserHistory, ...]]]:
+        """File name and users of each tar file."""
+        waiting: dict[Split, list[UserHistory]] = {}
+        numbers: Counter[Split] = Counter()
         for history in histories:
-            if history.user_id in users:
+            if history.user_id in self._seen:
                 raise DataError(
                     f"two users with the id {history.user_id!r}; ids must be unique over all splits"
                 )
-            users.add(history.user_id)
-            split = history.split or assign_split(history.user_id, fractions=fractions)
-            parts = list(_parts(replace(history, split=split), loader=loader, limits=limits))
-            if parts:
-                folder.add_user(history.user_id, split=split, parts=parts)
-            else:
-                _drop(DataError(f"user {history.user_id}: no usable image"), "user without images", loader)
-            images += sum(liked + disliked for _, liked, disliked in parts)
-            if progress is not None:
-                progress(users=len(users), images=images)
-        if images == 0:
-            raise DataError(f"no users with images to build shards from ({len(users)} histories read)")
-        return folder.close(dropped=dropped)
+            self._seen.add(history.user_id)
+            split = history.split or assign_split(history.user_id, fractions=self._fractions)
+            self._digest.update(repr(replace(history, split=split)).encode())
+            mine = waiting.setdefault(split, [])
+            mine.append(replace(history, split=split))
+            if len(mine) == self._limit:
+                yield f"{split}-{numbers[split]:06d}.tar", tuple(waiting.pop(split))
+                numbers[split] += 1
+        for split, rest in waiting.items():
+            yield f"{split}-{numbers[split]:06d}.tar", tuple(rest)
 
 
-Part = tuple[dict[str, bytes], int, int]
+class _Counted:
+    """Adds up what the builders report."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._users, self._images = progress, 0, 0
+
+    def __call__(self, *, users: int, images: int) -> None:
+        self._users += users
+        self._images += images
+        if self._progress is not None:
+            self._progress(users=self._users, images=self._images)
 
 
-def _parts(history: UserHistory, *, loader: _ImageLoader, limits: BuildLimits) -> Iterator[Part]:
-    """Samples of one user: members by suffix, number of liked and of disliked images."""
-    liked = loader.load_side(history, side="liked")
-    disliked = loader.load_side(history, side="disliked")
-    total = len(liked) + len(disliked)
-    count = -(-total // limits.max_images_per_sample)
-    # Each part takes an even share of both sides, so that plain webdataset users meet no one-sided samples.
-    while count and -(-len(liked) // count) + -(-len(disliked) // count) > limits.max_images_per_sample:
-        count += 1
-    for part in range(count):
-        mine = [
-            side[len(side) * part // count : len(side) * (part + 1) // count] for side in (liked, disliked)
-        ]
-        record = replace(
-            history, liked=tuple(image for image, _ in mine[0]), disliked=tuple(image for image, _ in mine[1])
-        ).to_json()
-        members = {image.image: data for side in mine for image, data in side}
-        text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        yield {HISTORY_SUFFIX: text.encode("utf-8"), **members}, len(mine[0]), len(mine[1])
+def run_jobs(jobs: Iterable[PackJob], *, num_workers: int, done: Progress) -> list[Packed]:
+    """Run jobs in order, in this process or in several, with a bounded number of them under way."""
+    if num_workers <= 1:
+        return [pack(job, done=lambda images: done(users=1, images=images)) for job in jobs]
+    results: list[Packed] = []
+    waiting: deque[tuple[Future[Packed], int]] = deque()
 
+    def collect() -> None:
+        future, users = waiting.popleft()
+        results.append(future.result())
+        done(users=users, images=results[-1].images)
 
-def _drop(error: DataError, reason: str, loader: _ImageLoader) -> None:
-    if loader.on_bad == "raise":
-        raise error
-    loader.dropped[reason] += 1
-    if loader.dropped[reason] == 1 or loader.dropped[reason] % 100 == 0:
-        logger.warning("left out (%s, %d so far): %s", reason, loader.dropped[reason], error)
-
-
-class _ImageLoader:
-    """Reads and checks the image files of histories."""
-
-    def __init__(self, root: Path, *, limits: BuildLimits, on_bad: OnBad, dropped: Counter[str]) -> None:
-        self.root = root
-        self.limits = limits
-        self.on_bad = on_bad
-        self.dropped = dropped
-        self._real_root = root.resolve()
-
-    def load_side(self, history: UserHistory, *, side: Side) -> list[tuple[RatedImage, bytes]]:
-        """Usable images with their bytes, renamed to their member names (positions count usable ones)."""
-        loaded: list[tuple[RatedImage, bytes]] = []
-        for position, image in enumerate(history.side(side)):
-            where = f"user {history.user_id}: {side}[{position}] {image.image[:120]!r}"
-            try:
-                data, extension = self._load(image.image, where=where)
-            except DataError as error:
-                _drop(error, "bad image", self)
-                continue
-            name = image_member(side, len(loaded), extension=extension)
-            loaded.append((replace(image, image=name), data))
-        return loaded
-
-    def _load(self, path: str, *, where: str) -> tuple[bytes, str]:
-        data = self._read(path, where=where)
-        extension = sniff(data)
-        image = decode_image(
-            data, where=where, max_pixels=self.limits.max_pixels, any_format=extension is None
-        )
-        too_large = 0 < self.limits.max_side < max(image.size)
-        if extension is not None and not too_large:
-            return data, extension
-        if too_large:
-            image.thumbnail((self.limits.max_side, self.limits.max_side))
-        return encode_webp(image), "webp"
-
-    def _read(self, path: str, *, where: str) -> bytes:
-        parts = PurePosixPath(path).parts
-        if ".." in parts or PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or "\\" in path:
-            raise DataError(f"{where}: image path must be relative and stay inside {self.root}")
-        if path.startswith("pipe:") or "://" in path:
-            raise DataError(f"{where}: pipes and URLs are refused; give a file inside {self.root}")
-        file = self.root / path
+    with ProcessPoolExecutor(num_workers) as pool:
         try:
-            if not file.resolve().is_relative_to(self._real_root):
-                raise DataError(f"{where}: leads outside {self.root} through a link")
-            status = file.stat()
-            # A fifo would block forever, a device could feed bytes without end.
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{where}: not a regular file")
-            if status.st_size > self.limits.max_image_bytes:
-                raise DataError(
-                    f"{where}: {status.st_size:,} bytes; at most {self.limits.max_image_bytes:,} are accepted"
-                )
-            return file.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"{where}: cannot be read ({reason})") from None
+            for job in jobs:
+                waiting.append((pool.submit(pack, job), len(job.users)))
+                if len(waiting) >= 2 * num_workers:
+                    collect()
+            while waiting:
+                collect()
+        except BrokenProcessPool:
+            raise DataError("a building process was killed, perhaps for memory; use --workers 1") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return results
+
+
+def _index_of(packed: list[Packed]) -> ShardIndex:
+    splits: dict[Split, list[ShardEntry]] = {}
+    dropped: Counter[str] = Counter()
+    for result in packed:
+        dropped.update(result.dropped)
+        if result.entry is not None:
+            split = cast(Split, result.entry.name.partition("-")[0])
+            splits.setdefault(split, []).append(result.entry)
+    return ShardIndex(
+        kind="histories",
+        splits={name: tuple(shards) for name, shards in splits.items()},
+        dropped=dict(dropped),
+    )

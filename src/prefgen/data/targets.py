@@ -16,6 +16,7 @@ import numpy as np
 from prefgen.data.embeddings import EmbeddingReader, UserEmbeddings
 from prefgen.data.encoded import EncodedReader
 from prefgen.data.reader import ShardReader
+from prefgen.data.remote import RemoteFolder
 from prefgen.errors import DataError
 from prefgen.schema import Split, image_key
 
@@ -97,7 +98,7 @@ class TargetUser:
 class TargetReader:
     """Users of one split by the order of the embedding shards, each beside its pictures."""
 
-    def __init__(self, *, embeddings: Path, shards: Path, split: Split) -> None:
+    def __init__(self, *, embeddings: Path | RemoteFolder, shards: Path | RemoteFolder, split: Split) -> None:
         """Open both folders.
 
         Raises:

@@ -10,8 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prefgen.data.index import INDEX_NAME, SAMPLE_KEY, SHARD_NAME, Kind, SampleEntry, ShardEntry, ShardIndex
-from prefgen.data.index import write_index as _write_index
+from prefgen.data.index import (
+    INDEX_NAME,
+    SAMPLE_KEY,
+    SHARD_NAME,
+    Kind,
+    SampleEntry,
+    ShardEntry,
+    ShardIndex,
+    write_index,
+)
+from prefgen.data.parts import PARTS_FOLDER, Part, write_part_index
+from prefgen.data.remote import RemoteFolder
 from prefgen.errors import DataError
 from prefgen.schema import Split
 
@@ -29,7 +39,15 @@ class ShardFolder:
     """
 
     def __init__(
-        self, out: Path | str, *, kind: Kind, samples_per_shard: int, overwrite: bool = False
+        self,
+        out: Path | str,
+        *,
+        kind: Kind,
+        samples_per_shard: int,
+        overwrite: bool = False,
+        part: Part | None = None,
+        first_shards: Mapping[Split, int] | None = None,
+        plan: str = "",
     ) -> None:
         """Prepare the folder.
 
@@ -38,6 +56,10 @@ class ShardFolder:
             kind: recorded in the index.
             samples_per_shard: users per tar file, at least 1.
             overwrite: remove an earlier set first; without it an occupied folder is refused.
+            part: write a part of the set, for :func:`prefgen.data.parts.merge_parts`; ``overwrite`` is then
+                the merge's affair.
+            first_shards: number of the first tar file of each split, where a part begins in the middle.
+            plan: see :func:`prefgen.data.parts.write_part_index`.
 
         Raises:
             DataError: the folder already holds shards, or ``samples_per_shard`` is below 1.
@@ -45,12 +67,18 @@ class ShardFolder:
         if samples_per_shard < 1:
             raise DataError(f"users per shard: expected at least 1, got {samples_per_shard}")
         self.out = Path(out)
+        self._part, self._plan, self._first = part, plan, dict(first_shards or {})
+        self._folder = self.out if part is None else self.out / PARTS_FOLDER
         self._kind: Kind = kind
         self._limit = samples_per_shard
         self._open: dict[Split, OpenShard] = {}
         self._done: dict[Split, list[ShardEntry]] = {}
         self._keys: set[str] = set()
-        _prepare(self.out, overwrite=overwrite)
+        if part is None:
+            prepare_folder(self.out, overwrite=overwrite)
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / part.index_name).unlink(missing_ok=True)
 
     def __enter__(self) -> ShardFolder:
         return self
@@ -67,8 +95,8 @@ class ShardFolder:
         """
         shard = self._open.get(split)
         if shard is None:
-            number = len(self._done.setdefault(split, []))
-            shard = self._open[split] = OpenShard(self.out / f"{split}-{number:06d}.tar")
+            number = self._first.get(split, 0) + len(self._done.setdefault(split, []))
+            shard = self._open[split] = OpenShard(self._folder / f"{split}-{number:06d}.tar")
         for part, (members, liked, disliked) in enumerate(parts):
             key = self._new_key(user_id, part=part)
             shard.write(key, user_id=user_id, members=members, liked=liked, disliked=disliked)
@@ -84,7 +112,10 @@ class ShardFolder:
             self._done[split].append(self._open.pop(split).close())
         splits = {split: tuple(shards) for split, shards in self._done.items() if shards}
         index = ShardIndex(kind=self._kind, splits=splits, header=header or {}, dropped=dropped or {})
-        _write_index(index, out=self.out)
+        if self._part is None:
+            write_index(index, out=self.out)
+        else:
+            write_part_index(index, out=self.out, part=self._part, plan=self._plan)
         return index
 
     def _new_key(self, user_id: str, *, part: int) -> str:
@@ -96,7 +127,7 @@ class ShardFolder:
 
 
 def sample_key(user_id: str, *, part: int) -> str:
-    """Tar member prefix of a part of a user."""
+    """Key of a user's sample number ``part``: the id itself where tar and webdataset can bear it."""
     plain = SAMPLE_KEY.fullmatch(user_id) and len(user_id) <= 64 and "~" not in user_id
     # webdataset ends a key at the first dot, and tar names hold 100 bytes: other ids are hashed.
     key = user_id if plain else "~" + hashlib.sha256(user_id.encode("utf-8")).hexdigest()[:32]
@@ -118,7 +149,7 @@ class _HashingFile:
 
 
 class OpenShard:
-    """One tar file being written under a temporary name."""
+    """One tar file being written under a temporary name: ``write``, then ``close`` or ``discard``."""
 
     def __init__(self, path: Path) -> None:
         import webdataset  # here because importing it costs half a second that readers need not pay
@@ -141,7 +172,7 @@ class OpenShard:
         self._samples.append(SampleEntry(key, user_id, start, size, liked, disliked))
 
     def close(self) -> ShardEntry:
-        """Finish, and give the file its name."""
+        """Finish, give the file its name, and say what it holds."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -151,7 +182,7 @@ class OpenShard:
         return ShardEntry(self.path.name, digest, self._hashed.size, tuple(self._samples))
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing of it."""
         # The tar first: it would write its end into a closed file when collected. A full disk must not hide
         # the error that brought us here.
         with contextlib.suppress(OSError):
@@ -164,9 +195,10 @@ class OpenShard:
 class ShardFiles:
     """Open shard files of one process. ``pread`` moves no shared position, so forks may use it at once."""
 
-    def __init__(self, root: Path, *, max_open: int = 64) -> None:
+    def __init__(self, root: Path | RemoteFolder, *, max_open: int = 64) -> None:
         self._root = root
-        self._max_open = max_open
+        # An open file that the cache has dropped still takes its place on the disk.
+        self._max_open = min(max_open, 8) if isinstance(root, RemoteFolder) else max_open
         self._handles: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,6 +226,8 @@ class ShardFiles:
         return data
 
     def _open(self, shard: ShardEntry) -> int:
+        if isinstance(self._root, RemoteFolder):
+            return self._keep(shard, handle=self._open_remote(shard, root=self._root))
         path = self._root / shard.name
         if not path.is_file():
             raise DataError(f"{path}: shard named by {INDEX_NAME} is missing; build or copy the shards again")
@@ -204,10 +238,23 @@ class ShardFiles:
                 f"{path}: {word}: {found:,} bytes, but {INDEX_NAME} says {shard.size:,}; "
                 "copy or build it again"
             )
+        return self._keep(shard, handle=os.open(path, os.O_RDONLY))
+
+    def _open_remote(self, shard: ShardEntry, *, root: RemoteFolder) -> int:
+        for _ in range(8):
+            path = root.shard_path(shard.name, sha256=shard.sha256, size=shard.size)
+            with contextlib.suppress(FileNotFoundError):  # another process made room in this very moment
+                return os.open(path, os.O_RDONLY)
+        raise DataError(
+            f"{root / shard.name}: dropped from the cache again and again before it could be read; raise "
+            "loader.cache_gb, or use fewer loader.num_workers"
+        )
+
+    def _keep(self, shard: ShardEntry, *, handle: int) -> int:
         if len(self._handles) >= self._max_open:
             oldest = next(iter(self._handles))
             os.close(self._handles.pop(oldest))
-        handle = self._handles[shard.name] = os.open(path, os.O_RDONLY)
+        self._handles[shard.name] = handle
         return handle
 
 
@@ -245,16 +292,28 @@ def split_members(data: bytes, *, key: str, where: str, max_member_bytes: int) -
     return members
 
 
-def _prepare(out: Path, *, overwrite: bool) -> None:
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Make a folder ready for a new set of shards.
+
+    Raises:
+        DataError: it cannot be made, or it holds shards and ``overwrite`` is false.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write shards to {out} ({error.strerror}); pass another folder") from None
-    index = out / INDEX_NAME
-    earlier = sorted(path for path in out.glob("*.tar") if SHARD_NAME.fullmatch(path.name))
-    if (index.exists() or earlier) and not overwrite:
+    occupied = (out / INDEX_NAME).exists() or any(
+        SHARD_NAME.fullmatch(path.name) for path in out.glob("*.tar")
+    )
+    if occupied and not overwrite:
         raise DataError(f"{out} already holds shards; pass another folder, or --overwrite to replace them")
+    remove_shards(out)
+
+
+def remove_shards(out: Path) -> None:
+    """Delete a set of shards, whole or not."""
     # The index goes first: a writer killed after this leaves no index, and no reader accepts that.
-    index.unlink(missing_ok=True)
+    (out / INDEX_NAME).unlink(missing_ok=True)
+    earlier = [path for path in out.glob("*.tar") if SHARD_NAME.fullmatch(path.name)]
     for path in [*earlier, *out.glob(".*.tmp")]:
         path.unlink()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prefgen.data.reader import OnBad
 from prefgen.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -141,3 +147,56 @@ def stop_workers(loader: DataLoader[Any]) -> None:
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
     loader._iterator = None
+
+
+class StallWatch:
+    """Says so when a batch does not come, from a thread of its own: ``with watch.waiting("..")``.
+
+    One thread for the loader's life, since one for each batch would cost more than many a batch.
+    """
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
+        self._what = ""
+        self._since: float | None = None
+        self._thread: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_seconds": self._seconds, "_what": "", "_since": None, "_thread": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+
+    def begin(self, what: str) -> None:
+        """Waiting begins; ``what`` is waited for."""
+        if self._seconds <= 0:
+            return
+        self._what, self._since = what, time.monotonic()
+        if self._thread is None:
+            watch = weakref.ref(self)
+            self._thread = threading.Thread(target=_watch, args=(watch, self._seconds), daemon=True)
+            self._thread.start()
+
+    def end(self) -> None:
+        """It came."""
+        self._since = None
+
+    def look(self, *, said: float | None) -> float | None:
+        """Warn once about a wait that is too long; returns the start of the wait that was warned of."""
+        since = self._since
+        if since is None or since == said or time.monotonic() - since < self._seconds:
+            return said if since == said else None
+        logger.warning(
+            "no batch for %.0f s (%s): the disk or network behind the data is slow or gone; still waiting",
+            self._seconds,
+            self._what,
+        )
+        return since
+
+
+def _watch(watch: weakref.ref[StallWatch], seconds: float) -> None:
+    said: float | None = None
+    while (alive := watch()) is not None:
+        said = alive.look(said=said)
+        del alive
+        time.sleep(min(1.0, seconds / 4))

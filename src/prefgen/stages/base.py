@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from prefgen.checkpoint import check_trained, keep_trained
-from prefgen.config import StageConfig, to_plain
+from prefgen.config import LoaderConfig, StageConfig, is_address, resolve_path, to_plain
+from prefgen.data.parts import WHOLE, Part
+from prefgen.data.remote import RemoteFolder
 from prefgen.errors import ConfigError
+from prefgen.stages.sharding import is_sharded, repeated_blocks, shard
 
 
 class StageModule(LightningModule):
@@ -45,6 +49,23 @@ class StageModule(LightningModule):
         """The parameters that train."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def configure_model(self) -> None:
+        """Cut the parameters up where trainer.strategy=fsdp2 asks for it; Lightning may call this twice."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None and not is_sharded(self):
+            shard(self, mesh=mesh["data_parallel"], blocks=repeated_blocks(self))
+
+    def mean_share(self, count: int) -> float:
+        """Factor on a mean over ``count`` things here that makes the ranks' average the mean over all.
+
+        1 in a run of one process. All ranks must ask together.
+        """
+        world_size = int(self.trainer.world_size)
+        if world_size == 1:
+            return 1.0
+        total = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="sum")
+        return count * world_size / max(1.0, float(total))
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over the trained parameters, from the ``optim`` section."""
         optim = self._stage_config.optim
@@ -68,6 +89,8 @@ class StageModule(LightningModule):
         Raises:
             CheckpointError: it was made with another configuration.
         """
+        if is_sharded(self) and "state_dict" not in checkpoint:
+            return  # fsdp2 has put the weights in already; run.py has checked them before
         check_trained(checkpoint["state_dict"], module=self, where=f"the {self.stage} checkpoint")
 
     def export(self, run_dir: Path) -> Path | None:
@@ -79,8 +102,12 @@ class StageModule(LightningModule):
         del run_dir
         return None
 
-    def predict(self, data: LightningDataModule) -> Path:
+    def predict(self, data: LightningDataModule, *, part: Part = WHOLE) -> Path:
         """Write what the stage predicts (``prefgen predict``); its weights are loaded already.
+
+        Args:
+            data: the stage's.
+            part: which part of the work is this process's; parts are merged afterwards.
 
         Returns:
             Where the result went.
@@ -88,7 +115,7 @@ class StageModule(LightningModule):
         Raises:
             ConfigError: the stage predicts nothing.
         """
-        del data
+        del data, part
         raise ConfigError(f"stage '{self.stage}' has nothing to predict; 'prefgen predict' is for probe")
 
 
@@ -127,3 +154,28 @@ def build_optimizer(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def shard_root(path: str, *, loader: LoaderConfig) -> Path | RemoteFolder:
+    """A folder of shards as a configuration names it: on this machine, or in an object store.
+
+    Raises:
+        DataError: an address of a kind that is not read.
+    """
+    if not is_address(path):
+        return resolve_path(path)
+    cache = Path(loader.cache_dir).expanduser()
+    return RemoteFolder(path, cache=cache, max_bytes=int(loader.cache_gb * 1e9))
+
+
+@contextmanager
+def rank_zero_first(trainer: Trainer | None) -> Iterator[None]:
+    """Rank 0 does what is inside, then the others, who find its files; within trainer.timeout_minutes."""
+    if trainer is None or trainer.world_size == 1:
+        yield
+        return
+    if not trainer.is_global_zero:
+        trainer.strategy.barrier("rank 0 goes first")
+    yield
+    if trainer.is_global_zero:
+        trainer.strategy.barrier("rank 0 goes first")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefgen.config import resolve_path
-from prefgen.data.index import INDEX_NAME
+from prefgen.data.index import index_hash
 from prefgen.data.reader import ShardReader, UserSample, decode_image
+from prefgen.data.remote import RemoteFolder
 from prefgen.errors import DataError
-from prefgen.lineage import hash_file, hash_folder
+from prefgen.lineage import hash_folder
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import UserRows
 from prefgen.schema import Split
@@ -63,12 +64,13 @@ def model_source(path: str) -> Path | str:
 def load_features(
     mllm: MLLM,
     *,
-    shards: Path,
+    shards: Path | RemoteFolder,
     split: Split,
     mllm_hash: str,
     cache: Path | None,
     in_bf16: bool = False,
     max_users: int = 0,
+    users: range | None = None,
     device: torch.device | str = "cpu",
 ) -> SplitFeatures:
     """Read the features of a split from the cache, or encode its images and write them there.
@@ -81,36 +83,65 @@ def load_features(
         cache: folder of the cache; None keeps nothing on disk.
         in_bf16: encode in bf16, several times faster than in float32.
         max_users: only the first so many users; 0 takes all.
+        users: only these, by position (a part of a distributed predict); those beyond the last are left out.
         device: where to encode.
 
     Raises:
         DataError: no such split, or a bad sample.
     """
     reader = ShardReader(shards, split=split)
-    count = min(len(reader), max_users) if max_users else len(reader)
+    most = min(len(reader), max_users) if max_users else len(reader)
+    wanted = range(most) if users is None else range(min(users.start, most), min(users.stop, most))
     made_from = {
         "mllm": mllm_hash,
-        "shards": hash_file(shards / INDEX_NAME),
-        "users": str(count),
+        "shards": index_hash(shards),
         "encoded_in": "bf16" if in_bf16 else "float32",
     }
-    name = f"{split}.safetensors" if count == len(reader) else f"{split}-{count}.safetensors"
-    path = cache / name if cache is not None else None
-    users = tuple(read_users(reader, count=count))
-    rows = sum(user.num_images for user in users)
+    if wanted != range(most) and (whole := _cut(cache, reader=reader, wanted=wanted, made_from=made_from)):
+        return whole
+    path = cache / _cache_name(split, wanted, total=len(reader)) if cache is not None else None
+    found = tuple(read_users(reader, positions=wanted))
+    rows = sum(user.num_images for user in found)
+    made_from = {**made_from, "users": _users_text(wanted)}
     features = _read(path, made_from=made_from)
     if features is None or len(features) != rows:
         mllm.model.to(device)
-        features = _encode(mllm, reader=reader, users=users, in_bf16=in_bf16)
+        features = _encode(mllm, reader=reader, positions=wanted, total=rows, in_bf16=in_bf16)
         if path is not None:
             _write(path, features=features, made_from=made_from)
-    return SplitFeatures(users=users, features=features)
+    return SplitFeatures(users=found, features=features)
 
 
-def read_users(reader: ShardReader, *, count: int) -> Iterator[UserRows]:
-    """The first ``count`` users, with the rows their images have in the features; no image is kept."""
+def _cache_name(split: Split, wanted: range, *, total: int) -> str:
+    if wanted.start:
+        return f"{split}-{wanted.start}-{wanted.stop}.safetensors"
+    return f"{split}.safetensors" if len(wanted) == total else f"{split}-{wanted.stop}.safetensors"
+
+
+def _users_text(wanted: range) -> str:
+    return f"{wanted.start}-{wanted.stop}" if wanted.start else str(wanted.stop)
+
+
+def _cut(
+    cache: Path | None, *, reader: ShardReader, wanted: range, made_from: dict[str, str]
+) -> SplitFeatures | None:
+    """Some users' rows of the whole split's file, if that is there."""
+    if cache is None:
+        return None
+    everyone = range(len(reader))
+    path = cache / _cache_name(reader.split, everyone, total=len(reader))
+    features = _read(path, made_from={**made_from, "users": _users_text(everyone)})
+    if features is None:
+        return None
+    before = sum(user.num_images for user in read_users(reader, positions=range(wanted.start)))
+    found = tuple(read_users(reader, positions=wanted))
+    return SplitFeatures(users=found, features=features[before : before + sum(u.num_images for u in found)])
+
+
+def read_users(reader: ShardReader, *, positions: range) -> Iterator[UserRows]:
+    """Some users, with the rows their images have in the features, from 0; no image is kept."""
     rows = 0
-    for position in range(count):
+    for position in positions:
         user = UserRows(history=_sample(reader, position).history, first_row=rows)
         yield user
         rows += user.num_images
@@ -123,9 +154,8 @@ def _sample(reader: ShardReader, position: int) -> UserSample:
 
 
 @torch.no_grad()
-def _encode(mllm: MLLM, *, reader: ShardReader, users: Sequence[UserRows], in_bf16: bool) -> Tensor:
-    total = sum(user.num_images for user in users)
-    images = (image for position in range(len(users)) for image in user_images(_sample(reader, position)))
+def _encode(mllm: MLLM, *, reader: ShardReader, positions: range, total: int, in_bf16: bool) -> Tensor:
+    images = (image for position in positions for image in user_images(_sample(reader, position)))
     label = f"encoding images ({reader.split})"
     form = mllm.encoder.format
     features = torch.empty(total, form.tokens_per_image, mllm.hidden_size, dtype=torch.float16)

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from prefgen.callbacks import StoppedBySignalError
 from prefgen.checkpoint import checkpoint_name
 from prefgen.config import StageConfig
+from prefgen.errors import StoppedBySignalError
 from prefgen.run import fit
 from prefgen.run_noise import quiet_lightning
 from prefgen.stages.base import StageModule

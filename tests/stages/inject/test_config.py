@@ -60,3 +60,9 @@ def test_inputs_are_asked_for_before_torch(tmp_path):
 def test_the_configuration_imports_no_torch():
     code = "import prefgen.stages.inject.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sharding_needs_plain_weights():
+    words = ["trainer.strategy=fsdp2", "model.memory_format=channels_last"]
+    with pytest.raises(ConfigError, match="needs model.memory_format=contiguous, got channels_last"):
+        load_config("inject", overrides=words)

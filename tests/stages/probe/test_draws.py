@@ -10,7 +10,7 @@ from prefgen.stages.probe.embed import draw_of
 @pytest.fixture(scope="module")
 def users(inputs):
     reader = ShardReader(inputs / "shards", split="train")
-    return tuple(read_users(reader, count=len(reader)))
+    return tuple(read_users(reader, positions=range(len(reader))))
 
 
 def images_of(item):

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from prefgen.data.embeddings import EmbeddingReader
+from prefgen.data.parts import Part, merge_parts
 from prefgen.data.reader import ShardReader
 from prefgen.errors import CheckpointError, ConfigError, DataError
 from prefgen.models.image_encoder import ImageEncoder
@@ -105,6 +106,26 @@ def test_checkpoint_holds_probes_only(finished):
     (path,) = (run_dir / "checkpoints").glob("step-00000060.ckpt")
     content = torch.load(path, weights_only=True)
     assert all(name.startswith("grids.") for name in content["state_dict"])
+
+
+def test_parts_of_a_prediction_make_the_whole(finished, monkeypatch):
+    """As ranks write them: the same tar files and index as one process."""
+    config, _ = finished
+    monkeypatch.setattr("prefgen.stages.probe.embed.USERS_PER_SHARD", 4)
+    sets = []
+    for count in (1, 3):
+        mine = replace(
+            config, embed=replace(config.embed, out=f"{config.embed.out}-{count}-parts", users_per_pass=4)
+        )
+        module = ProbeModule(mine).eval()
+        for number in range(count):
+            with torch.inference_mode():
+                out = module.predict(None, part=Part(number=number, count=count))
+        if count > 1:
+            merge_parts(out, count=count)
+        sets.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert len(sets[0]) == 3 + 2 + 2 + 1  # 12, 6 and 6 users, and the index
+    assert sets[0] == sets[1]
 
 
 def test_embeddings_are_what_embed_history_gives(finished, inputs):

@@ -21,7 +21,7 @@ def reader(inputs):
 
 @pytest.fixture(scope="module")
 def users(reader):
-    return tuple(read_users(reader, count=len(reader)))
+    return tuple(read_users(reader, positions=range(len(reader))))
 
 
 def dataset(users, *, empty_side_rate=0.0, num_liked=(1, 4), seed=0):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prefgen.data.images import MAX_IMAGE_BYTES, decode_image, sniff
+from prefgen.data.images import MAX_IMAGE_BYTES, accepted_formats, decode_image, sniff
 from prefgen.data.sources.base import Unusable
 from prefgen.errors import DataError
 
@@ -69,7 +69,7 @@ def describe(data: bytes | Unusable) -> Described:
 
 
 def _other_extension(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=accepted_formats(any_format=True)) as image:
         return (image.format or "img").lower()
 
 

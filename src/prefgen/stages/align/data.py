@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from prefgen.config import resolve_path
 from prefgen.data.embeddings import EmbeddingReader, UserEmbeddings
 from prefgen.data.loader import ResumableLoader
+from prefgen.data.remote import RemoteFolder
 from prefgen.data.sampling import rng_for
 from prefgen.errors import DataError
 from prefgen.evaluate.alignment import derangement
@@ -23,6 +25,7 @@ from prefgen.lineage import hash_folder
 from prefgen.models.text import TextSpace
 from prefgen.schema import Split
 from prefgen.stages.align.config import AlignConfig
+from prefgen.stages.base import shard_root
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +205,7 @@ class AlignData(LightningDataModule):
             pooling=model.text_pooling,
             dtype=getattr(torch, model.frozen_dtype),
         )
-        reader = EmbeddingReader(resolve_path(self.config.data.embeddings), split="train")
+        reader = EmbeddingReader(self._root, split="train")
         self.header = dict(reader.header)
         self.lineage = {name: value for name, value in self.header.items() if isinstance(value, str)}
         self.lineage["text_encoder"] = hash_folder(path / model.text_encoder)
@@ -236,7 +239,7 @@ class AlignData(LightningDataModule):
 
     def _users(self, split: Split) -> SplitUsers:
         if split not in self._splits:
-            reader = EmbeddingReader(resolve_path(self.config.data.embeddings), split=split)
+            reader = EmbeddingReader(self._root, split=split)
             limit = self.config.evaluation.max_users
             users = SplitUsers(reader, keep_in_memory=True, max_users=limit)
             if len(users) < 2:
@@ -246,6 +249,10 @@ class AlignData(LightningDataModule):
                 )
             self._splits[split] = users
         return self._splits[split]
+
+    @property
+    def _root(self) -> Path | RemoteFolder:
+        return shard_root(self.config.data.embeddings, loader=self.config.loader)
 
     def _world_size(self) -> int:
         return int(self.trainer.world_size) if self.trainer is not None else 1
@@ -306,6 +313,7 @@ class AlignData(LightningDataModule):
             shuffle=True,
             drop_last=True,
             num_workers=self.config.loader.num_workers,
+            stall_seconds=self.config.loader.stall_seconds,
             collate_fn=collate,
             rank=int(self.trainer.global_rank) if self.trainer is not None else 0,
             world_size=max(1, self._world_size()),

@@ -21,7 +21,7 @@ from prefgen.models.readout import MIN_USERS, fit_readout, save_readout
 from prefgen.models.text import TextSpace
 from prefgen.stages.align.config import AlignConfig, AlignLossConfig
 from prefgen.stages.align.data import AlignBatch, AlignData, EvaluationBatch
-from prefgen.stages.base import StageModule
+from prefgen.stages.base import StageModule, shard_root
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class AlignModule(StageModule):
         for name, areas in readable.items():
             figures[f"readable_{name}"] = float(areas.nanmean())
         for name, value in figures.items():
-            self.log(f"{prefix}/{name}", value, batch_size=len(batch.sem), rank_zero_only=True)
+            self.log(f"{prefix}/{name}", value, batch_size=len(batch.sem), sync_dist=True)
         if self.trainer.is_global_zero:
             self._write_attributes(readable, prefix=prefix)
 
@@ -206,7 +206,7 @@ class AlignModule(StageModule):
 
 def find_shape(config: AlignConfig) -> ProjectorShape:
     """The widths of embeddings and text space, read from their files."""
-    first = EmbeddingReader(resolve_path(config.data.embeddings), split="train")[0]
+    first = EmbeddingReader(shard_root(config.data.embeddings, loader=config.loader), split="train")[0]
     assert first is not None  # a reader that raises gives no None
     model = config.model
     return ProjectorShape(

@@ -146,6 +146,14 @@ class InjectConfig(StageConfig):
     model: InjectModelConfig = field(default_factory=InjectModelConfig)
     inject: InjectLossConfig = field(default_factory=InjectLossConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse a layout that cannot be sharded."""
+        super().__post_init__()
+        require(
+            self.trainer.strategy != "fsdp2" or self.model.memory_format == "contiguous",
+            f"trainer.strategy=fsdp2 needs model.memory_format=contiguous, got {self.model.memory_format}",
+        )
+
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """Pictures, embeddings, the pipeline and, where aligned is used, the projector."""
         inputs = [

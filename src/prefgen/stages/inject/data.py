@@ -264,6 +264,7 @@ class InjectData(LightningDataModule):
             shuffle=train,
             drop_last=train,
             num_workers=config.loader.num_workers if train else 0,
+            stall_seconds=config.loader.stall_seconds,
             collate_fn=partial(collate, sizes=self.sizes()),
             rank=int(trainer.global_rank) if trainer is not None else 0,
             world_size=int(trainer.world_size) if trainer is not None else 1,

@@ -28,9 +28,9 @@ from prefgen.stages.inject.config import PARTS, InjectConfig
 from prefgen.stages.inject.data import InjectBatch, InjectData
 from prefgen.stages.inject.frozen import buckets_of, check_encoded, load_aligner, load_bundle
 from prefgen.stages.inject.users import EmbeddingFacts, read_facts
+from prefgen.stages.sharding import gathered, is_sharded
 
 ARTEFACT = "user_adapter.safetensors"
-
 _SAMPLE_SEED = 1234
 
 
@@ -251,15 +251,17 @@ class InjectModule(StageModule):
     def on_validation_epoch_end(self) -> None:
         """Draw the grid where it is due; the moving average, if kept, is in place here."""
         every, step = self.config.inject.sample_every_n_steps, self.global_step
-        if not every or not self.trainer.is_global_zero or self.logger is None:
+        writes = self.trainer.is_global_zero
+        if not every or not (writes or is_sharded(self)) or (writes and self.logger is None):
             return
         if self._sampled_at is not None and step - self._sampled_at < every:
             return
         self._sampled_at = step
-        data = self.trainer.datamodule
-        batch = self.trainer.strategy.batch_to_device(next(iter(data.val_dataloader())))
-        with self.trainer.precision_plugin.forward_context():
+        batch = self.trainer.strategy.batch_to_device(next(iter(self.trainer.datamodule.val_dataloader())))
+        with self.trainer.precision_plugin.forward_context(), gathered(self):
             grid = self.draw_grid(batch)
+        if not writes:  # where the UNet lies in parts, all ranks draw and one keeps the picture
+            return
         self.logger.experiment.add_image("samples", grid.transpose(2, 0, 1), step)
         folder = self.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +271,7 @@ class InjectModule(StageModule):
     def draw_grid(self, batch: InjectBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         """(H,W,3) picture: on top a liked image of each user, below one row a prompt, base model first.
 
-        All pictures of a row start from the same noise.
+        All of a row start from the same noise.
         """
         settings = self.config.inject
         count = min(settings.num_sample_users, len(batch.keys))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefgen.config import resolve_path
 from prefgen.data.buckets import Size, nearest_bucket
 from prefgen.data.embeddings import EmbeddingReader
 from prefgen.data.encoded import EncodedReader
@@ -16,6 +15,7 @@ from prefgen.data.images import picture_size
 from prefgen.data.targets import MIN_OUTSIDE, EncodedTargetReader, TargetReader, TargetUser, choose_rows
 from prefgen.errors import DataError
 from prefgen.schema import Split
+from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,15 @@ class InjectUsers:
             DataError: no user has two liked pictures outside a draw's references.
         """
         data = config.data
-        embeddings = resolve_path(data.embeddings)
+        embeddings = shard_root(data.embeddings, loader=config.loader)
         self.encoded = (
-            None if data.encoded is None else EncodedReader(resolve_path(data.encoded), split=split)
+            None
+            if data.encoded is None
+            else EncodedReader(shard_root(data.encoded, loader=config.loader), split=split)
         )
         self._reader: TargetReader | EncodedTargetReader
         if self.encoded is None:
-            shards = resolve_path(data.shards)
+            shards = shard_root(data.shards, loader=config.loader)
             self._reader = TargetReader(embeddings=embeddings, shards=shards, split=split)
         else:
             self._reader = EncodedTargetReader(embeddings=embeddings, encoded=self.encoded, split=split)
@@ -154,7 +156,7 @@ def read_facts(config: InjectConfig) -> EmbeddingFacts:
     Raises:
         DataError: there is no training user.
     """
-    reader = EmbeddingReader(resolve_path(config.data.embeddings), split="train")
+    reader = EmbeddingReader(shard_root(config.data.embeddings, loader=config.loader), split="train")
     if not len(reader):
         raise DataError(
             f"no training users in {config.data.embeddings}; predict embeddings of that split too"

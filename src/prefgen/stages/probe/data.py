@@ -11,10 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prefgen.config import resolve_path
 from prefgen.data.loader import ResumableLoader
 from prefgen.models.mllm import MLLM
 from prefgen.schema import Split
+from prefgen.stages.base import rank_zero_first, shard_root
 from prefgen.stages.features import SplitFeatures, load_features, model_hash
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.draws import ProbeSamples, inter_samples, intra_samples
@@ -39,6 +39,11 @@ class ProbeBatch:
 
     inter: Tensor
     intra: Tensor
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the samples, for messages."""
+        return tuple(f"{task} {n}" for task in TASKS for n in getattr(self, task).tolist())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ProbeBatch:
         """Tensors on another device (the signature Lightning calls)."""
@@ -121,7 +126,8 @@ class ProbeData(LightningDataModule):
     def _load(self, split: Split) -> SplitFeatures:
         assert self.trainer is not None
         mllm: MLLM = self.trainer.lightning_module.mllm
-        return load_split(self.config, mllm=mllm, split=split, device=self.trainer.strategy.root_device)
+        with rank_zero_first(self.trainer):
+            return load_split(self.config, mllm=mllm, split=split, device=self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> ResumableLoader[tuple[Task, int], ProbeBatch]:
         """Sample numbers in a new order each epoch."""
@@ -137,6 +143,7 @@ class ProbeData(LightningDataModule):
             shuffle=True,
             drop_last=True,
             num_workers=self.config.loader.num_workers,
+            stall_seconds=self.config.loader.stall_seconds,
             collate_fn=collate,
             rank=int(self.trainer.global_rank),
             world_size=int(self.trainer.world_size),
@@ -148,15 +155,23 @@ class ProbeData(LightningDataModule):
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
 
 
-def load_split(config: ProbeConfig, *, mllm: MLLM, split: Split, device: torch.device | str) -> SplitFeatures:
-    """All users of a split with their features, from the cache that stage vqa has filled."""
+def load_split(
+    config: ProbeConfig,
+    *,
+    mllm: MLLM,
+    split: Split,
+    device: torch.device | str,
+    users: range | None = None,
+) -> SplitFeatures:
+    """All users of a split, or some, with their features, from the cache that stage vqa has filled."""
     data = config.data
     return load_features(
         mllm,
-        shards=resolve_path(data.shards),
+        shards=shard_root(data.shards, loader=config.loader),
         split=split,
         mllm_hash=model_hash(config.model.mllm),
         cache=Path(data.feature_cache) if data.feature_cache else None,
         in_bf16=config.trainer.precision.startswith("bf16"),
+        users=users,
         device=device,
     )

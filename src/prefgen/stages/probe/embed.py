@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from prefgen.config import resolve_path
-from prefgen.data.embeddings import EmbeddingWriter, UserEmbeddings
+from prefgen.data.embeddings import USERS_PER_SHARD, EmbeddingWriter, UserEmbeddings
 from prefgen.data.index import read_index
+from prefgen.data.parts import WHOLE, Part
 from prefgen.data.reader import ShardReader
 from prefgen.data.sampling import References as Draw
 from prefgen.data.sampling import draw_references, rng_for
@@ -24,6 +25,7 @@ from prefgen.models.probes import LayerChoice, choice_to_json
 from prefgen.models.questions import UserRows
 from prefgen.models.representation import References, embed_references
 from prefgen.schema import Split, UserHistory
+from prefgen.stages.base import shard_root
 from prefgen.stages.features import model_hash, user_images
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import load_split
@@ -67,8 +69,12 @@ def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int, 
     return draw_references(history, num_liked=liked, num_disliked=disliked, rng=rng)
 
 
-def write_embeddings(config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, device: torch.device) -> Path:
+def write_embeddings(
+    config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, device: torch.device, part: Part = WHOLE
+) -> Path:
     """Write all splits of the shards to ``embed.out``, replacing an older set.
+
+    A part writes its contiguous share of the tar files, which :func:`prefgen.data.parts.merge_parts` joins.
 
     Returns:
         The folder.
@@ -84,10 +90,21 @@ def write_embeddings(config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, de
         "sparse_share": config.embed.sparse_share,
         "seed": config.seed,
     }
-    index = read_index(resolve_path(config.data.shards), kind="histories")
-    with EmbeddingWriter(out, header=header, overwrite=True) as writer:
-        for split in index.splits:
-            for user in _embed_split(config, mllm=mllm, choice=choice, encoder=encoder, split=split):
+    index = read_index(shard_root(config.data.shards, loader=config.loader), kind="histories")
+    shares = {split: part.share(-(-index.counts(split).users // USERS_PER_SHARD)) for split in index.splits}
+    with EmbeddingWriter(
+        out,
+        header=header,
+        users_per_shard=USERS_PER_SHARD,
+        overwrite=True,
+        part=None if part == WHOLE else part,
+        first_shards={split: share.start for split, share in shares.items()},
+    ) as writer:
+        for split, share in shares.items():
+            users = range(share.start * USERS_PER_SHARD, share.stop * USERS_PER_SHARD)
+            for user in _embed_split(
+                config, mllm=mllm, choice=choice, encoder=encoder, split=split, users=users
+            ):
                 writer.add(user, split=split)
         writer.close()
     return out
@@ -111,10 +128,16 @@ class _Drawn:
 
 
 def _embed_split(
-    config: ProbeConfig, *, mllm: MLLM, choice: LayerChoice, encoder: ImageEncoder, split: Split
+    config: ProbeConfig,
+    *,
+    mllm: MLLM,
+    choice: LayerChoice,
+    encoder: ImageEncoder,
+    split: Split,
+    users: range,
 ) -> Iterator[UserEmbeddings]:
-    features = load_split(config, mllm=mllm, split=split, device=mllm.device)
-    reader = ShardReader(resolve_path(config.data.shards), split=split)
+    features = load_split(config, mllm=mllm, split=split, device=mllm.device, users=users)
+    reader = ShardReader(shard_root(config.data.shards, loader=config.loader), split=split)
     embed, step = config.embed, config.embed.users_per_pass
     first_sparse = embed.num_draws - int(embed.num_draws * embed.sparse_share)
     total = len(features.users)
@@ -143,7 +166,7 @@ def _embed_split(
             core = states.core.cpu().float().numpy().reshape(len(group), 2, embed.num_draws, -1)
             sem = states.sem.cpu().float().numpy().reshape(len(group), 2, embed.num_draws, -1)
             for number, drawn in enumerate(group):
-                sample = reader[start + number]
+                sample = reader[users.start + start + number]
                 assert sample is not None  # on_bad="raise"
                 image = encoder.embed(user_images(sample)).numpy()
                 yield _user(drawn, core=core[number], sem=sem[number], image=image)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prefgen.config import resolve_path
 from prefgen.data.index import read_index
+from prefgen.data.parts import WHOLE, Part
 from prefgen.errors import DataError
 from prefgen.models.lora import load_lora
 from prefgen.models.mllm import MLLM
@@ -27,7 +28,7 @@ from prefgen.models.probes import (
     choose_layers,
     read_choice,
 )
-from prefgen.stages.base import StageModule
+from prefgen.stages.base import StageModule, shard_root
 from prefgen.stages.features import model_hash, model_source
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
@@ -72,7 +73,9 @@ class ProbeModule(StageModule):
             load_lora(self.mllm, path=resolve_path(model.lora), mllm_hash=model_hash(model.mllm))
         self.frozen = self.mllm.model.requires_grad_(False)
         self.grids = nn.ModuleDict()
-        validation = read_index(resolve_path(config.data.shards), kind="histories").counts("validation")
+        validation = read_index(
+            shard_root(config.data.shards, loader=config.loader), kind="histories"
+        ).counts("validation")
         classes = {"inter": min(config.data.inter_users, validation.users), "intra": 2}
         generator = torch.Generator().manual_seed(config.seed)
         for name in TASKS:
@@ -136,7 +139,11 @@ class ProbeModule(StageModule):
         """Sum of all cells' losses, the controls' included: no cell's gradient depends on another's."""
         losses = []
         for task, numbers in (("inter", batch.inter), ("intra", batch.intra)):
+            share = self.mean_share(len(numbers))
             if not len(numbers):
+                if self.trainer.world_size > 1:  # every rank must touch every parameter
+                    grids = (self._grid(cast(GridName, name)) for name in (task, f"{task}_control"))
+                    losses += [0 * p.sum() for grid in grids for p in grid.parameters()]
                 continue
             states, rows = self.states[cast(Task, task)], numbers.cpu()
             features = states.train[rows].to(self.device)
@@ -144,7 +151,7 @@ class ProbeModule(StageModule):
                 per_cell = self._grid(cast(GridName, name)).loss(
                     features, labels=labels[rows].to(self.device)
                 )
-                losses.append(per_cell.sum())
+                losses.append(per_cell.sum() * share)
                 self.log(f"train/loss_{name}", per_cell.detach().mean(), batch_size=len(rows))
         return torch.stack(losses).sum()
 
@@ -154,9 +161,9 @@ class ProbeModule(StageModule):
         for task in TASKS:
             cells, control = self.accuracies(task), self.accuracies(task, control=True)
             best = max(cells, key=lambda cell: cell.accuracy)
-            self.log(f"val/accuracy_{task}", best.accuracy, batch_size=1, rank_zero_only=True)
+            self.log(f"val/accuracy_{task}", best.accuracy, batch_size=1, sync_dist=True)
             mean = sum(cell.accuracy for cell in control) / len(control)
-            self.log(f"val/control_{task}", mean, batch_size=1, rank_zero_only=True)
+            self.log(f"val/control_{task}", mean, batch_size=1, sync_dist=True)
 
     @torch.no_grad()
     def accuracies(self, task: Task, *, control: bool = False) -> list[CellAccuracy]:
@@ -231,7 +238,9 @@ class ProbeModule(StageModule):
         """
         return read_choice(self.run_dir / ARTEFACT, lineage=model_lineage(self.config))
 
-    def predict(self, data: LightningDataModule) -> Path:
-        """Write embedding shards of all splits."""
+    def predict(self, data: LightningDataModule, *, part: Part = WHOLE) -> Path:
+        """Write embedding shards of all splits, or a part of them."""
         del data
-        return write_embeddings(self.config, mllm=self.mllm, choice=self.layer_choice(), device=self.device)
+        return write_embeddings(
+            self.config, mllm=self.mllm, choice=self.layer_choice(), device=self.device, part=part
+        )

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
 
-from prefgen.config import resolve_path
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import ShardReader
 from prefgen.data.sampling import References, draw_references, rng_for
@@ -20,6 +19,7 @@ from prefgen.models.mllm import MLLM, make_pixels
 from prefgen.models.packing import PackedBatch, PromptEncoder, pack_batch
 from prefgen.models.questions import AskedItem, QuestionCounts, QuestionKind, UserRows, draw_item
 from prefgen.schema import Split
+from prefgen.stages.base import rank_zero_first, shard_root
 from prefgen.stages.features import SplitFeatures, load_features, model_hash, read_users, user_images
 from prefgen.stages.vqa.config import VQAConfig
 
@@ -171,22 +171,25 @@ class VQAData(LightningDataModule):
 
     def _load(self, split: Split) -> SplitFeatures:
         data, mllm = self.config.data, self._mllm
-        shards = resolve_path(data.shards)
+        shards = shard_root(data.shards, loader=self.config.loader)
         max_users = data.max_users if split == "train" else data.max_eval_users
         if data.cache_features == "none":
             reader = ShardReader(shards, split=split)
             count = min(len(reader), max_users) if max_users else len(reader)
-            return SplitFeatures(users=tuple(read_users(reader, count=count)), features=torch.zeros(0, 1, 1))
-        return load_features(
-            mllm,
-            shards=shards,
-            split=split,
-            mllm_hash=model_hash(self.config.model.mllm),
-            cache=Path(data.feature_cache) if data.feature_cache else None,
-            in_bf16=self.config.trainer.precision.startswith("bf16"),
-            max_users=max_users,
-            device=self.trainer.strategy.root_device if self.trainer is not None else "cpu",
-        )
+            return SplitFeatures(
+                users=tuple(read_users(reader, positions=range(count))), features=torch.zeros(0, 1, 1)
+            )
+        with rank_zero_first(self.trainer):
+            return load_features(
+                mllm,
+                shards=shards,
+                split=split,
+                mllm_hash=model_hash(self.config.model.mllm),
+                cache=Path(data.feature_cache) if data.feature_cache else None,
+                in_bf16=self.config.trainer.precision.startswith("bf16"),
+                max_users=max_users,
+                device=self.trainer.strategy.root_device if self.trainer is not None else "cpu",
+            )
 
     @property
     def _mllm(self) -> MLLM:
@@ -238,7 +241,8 @@ class VQAData(LightningDataModule):
     ) -> ResumableLoader[tuple[str, AskedItem], VQABatch]:
         users, mllm, pixels = self._splits[split].users, self._mllm, None
         if self.config.data.cache_features == "none":
-            reader = ShardReader(resolve_path(self.config.data.shards), split=split)
+            root = shard_root(self.config.data.shards, loader=self.config.loader)
+            reader = ShardReader(root, split=split)
             pixels = PixelSource(reader, users=users, mllm=mllm)
         assert self.trainer is not None
         return ResumableLoader(
@@ -248,6 +252,7 @@ class VQAData(LightningDataModule):
             shuffle=train,
             drop_last=train,
             num_workers=self.config.loader.num_workers if train else 0,
+            stall_seconds=self.config.loader.stall_seconds,
             collate_fn=VQACollate(mllm.encoder, max_length=mllm.max_length, pixels=pixels),
             rank=int(self.trainer.global_rank),
             world_size=int(self.trainer.world_size),

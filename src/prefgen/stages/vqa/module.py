@@ -24,6 +24,7 @@ from prefgen.models.questions import (
 from prefgen.schema import Split
 from prefgen.stages.base import StageModule
 from prefgen.stages.features import model_hash, model_source
+from prefgen.stages.sharding import gathered
 from prefgen.stages.vqa.config import VQAConfig
 from prefgen.stages.vqa.data import VQABatch, VQAData
 
@@ -67,11 +68,12 @@ class VQAModule(StageModule):
         hidden = self(batch.packed, image_features=self._features(batch, split="train"))
         losses = self.mllm.token_losses(batch.packed, hidden=hidden)
         per_question = self._question_losses(losses, batch=batch.packed)
-        loss = losses.mean() if self.config.questions.loss == "token" else per_question.mean()
+        weighed = losses if self.config.questions.loss == "token" else per_question
+        loss = weighed.mean()
         self.log("train/loss", loss.detach(), batch_size=len(batch.user_ids), prog_bar=True)
         for kind, rows in _rows_by_kind(batch).items():
             self.log(f"train/loss_{kind}", per_question[rows].detach().mean(), batch_size=len(rows))
-        return loss
+        return loss * self.mean_share(len(weighed))  # ranks differ in questions
 
     def validation_step(self, batch: VQABatch) -> None:
         """Accuracy and loss per question kind on unseen users."""
@@ -83,11 +85,13 @@ class VQAModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Let the model list what some users like and dislike, and check the lists."""
-        self._check_lists("validation", prefix="val")
+        with gathered(self):
+            self._check_lists("validation", prefix="val")
 
     def on_test_epoch_end(self) -> None:
         """The same on test users."""
-        self._check_lists("test", prefix="test")
+        with gathered(self):
+            self._check_lists("test", prefix="test")
 
     def _measure(self, batch: VQABatch, *, split: Split, prefix: str) -> None:
         hidden = self(batch.packed, image_features=self._features(batch, split=split))
