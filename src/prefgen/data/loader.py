@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from prefgen.data.budget import TokenBudget
 from prefgen.data.order import epoch_order, fingerprint, rank_share
 from prefgen.data.reader import OnBad, SkipCounter
 from prefgen.data.workers import (
@@ -63,6 +64,7 @@ class ResumableLoader(Generic[T, B]):
         on_bad: OnBad = "raise",
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
+        budget: TokenBudget | None = None,
         name: str = "samples",
     ) -> None:
         """Check the sizes and build; no process starts before the first batch.
@@ -83,6 +85,8 @@ class ResumableLoader(Generic[T, B]):
             on_bad: let a sample's DataError pass, or leave the sample out, count and log it (smaller batch).
             prefetch_factor: batches every worker prepares ahead.
             multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
+            budget: cut epochs into batches by tokens; ``batch_size`` is then the most samples of a batch, and
+                epochs may differ in their number of batches, which all ranks share.
             name: what the samples are called in messages, such as "users of split train".
 
         Raises:
@@ -101,6 +105,8 @@ class ResumableLoader(Generic[T, B]):
         self._window_shards = window_shards
         self._limit_batches = limit_batches
         self._skips = SkipCounter()
+        self._budget = budget
+        self._cut: tuple[int, list[list[int]]] = (-1, [])
         self._moves = 0
         self._check(name)
         self._plan = BatchPlan()
@@ -120,7 +126,10 @@ class ResumableLoader(Generic[T, B]):
         self._stop = weakref.finalize(self, stop_workers, self._loader)
 
     def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
+        """Batches of one epoch on this rank: of the current one, where a budget lets them differ."""
+        if self._budget is not None:
+            batches = len(self._batches())
+            return batches if self._limit_batches is None else min(batches, self._limit_batches)
         full, rest = divmod(self._share_size(), self.batch_size)
         batches = full if self._drop_last else full + bool(rest)
         return batches if self._limit_batches is None else min(batches, self._limit_batches)
@@ -168,11 +177,14 @@ class ResumableLoader(Generic[T, B]):
                     f"run has {key}={mine!r}; exact resume needs the same {key}"
                 )
         epoch, done = state.get("epoch"), state.get("batches_done")
-        if not isinstance(epoch, int) or not isinstance(done, int) or epoch < 0 or not 0 <= done <= len(self):
-            raise CheckpointError(
-                f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
-            )
-        self._move(epoch=epoch, batches_done=done)
+        if isinstance(epoch, int) and isinstance(done, int) and epoch >= 0:
+            self._move(epoch=epoch, batches_done=0)  # under a budget, its number of batches is its own
+            if 0 <= done <= len(self):
+                self._move(epoch=epoch, batches_done=done)
+                return
+        raise CheckpointError(
+            f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
+        )
 
     def close(self) -> None:
         """Stop the worker processes; iterating again starts new ones."""
@@ -187,7 +199,8 @@ class ResumableLoader(Generic[T, B]):
             "world_size": self._world_size,
             "num_samples": len(self.dataset),
             "order": fingerprint(
-                self._shuffle, self._drop_last, self._window_shards, self._limit_batches, sizes
+                *(self._shuffle, self._drop_last, self._window_shards, self._limit_batches, sizes),
+                *(() if self._budget is None else (self._budget.max_tokens,)),
             ),
         }
 
@@ -196,8 +209,11 @@ class ResumableLoader(Generic[T, B]):
         self.batches_done = batches_done
         self._moves += 1
 
+    def _share(self, rank: int) -> slice:
+        return rank_share(len(self.dataset), rank=rank, world_size=self._world_size, equal=self._equal)
+
     def _share_size(self) -> int:
-        share = rank_share(len(self.dataset), rank=self._rank, world_size=self._world_size, equal=self._equal)
+        share = self._share(self._rank)
         return len(range(share.start, share.stop))
 
     @property
@@ -230,6 +246,14 @@ class ResumableLoader(Generic[T, B]):
 
     def _start(self) -> Iterator[Packet[B]]:
         """Iterator over the rest of the current epoch, from the current position."""
+        self._plan.epoch = self.epoch
+        self._plan.batches = self._batches()[self.batches_done : len(self)]
+        return iter(self._loader)
+
+    def _batches(self) -> list[list[int]]:
+        """All batches of the current epoch on this rank."""
+        if self._cut[0] == self.epoch:
+            return self._cut[1]
         order = epoch_order(
             len(self.dataset),
             seed=self._seed,
@@ -238,12 +262,18 @@ class ResumableLoader(Generic[T, B]):
             shard_sizes=getattr(self.dataset, "shard_sizes", ()),
             window_shards=self._window_shards,
         )
-        share = rank_share(len(order), rank=self._rank, world_size=self._world_size, equal=self._equal)
-        self._plan.epoch = self.epoch
-        first = self.batches_done * self.batch_size
-        mine = order[share][first : len(self) * self.batch_size].tolist()
-        self._plan.batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
-        return iter(self._loader)
+        if self._budget is None:
+            mine = order[self._share(self._rank)].tolist()
+            batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        else:
+            # ranks step together: what one has more than another waits for another epoch
+            cut = [
+                self._budget(order[self._share(rank)].tolist(), epoch=self.epoch)
+                for rank in range(self._world_size)
+            ]
+            batches = cut[self._rank][: min(len(part) for part in cut)]
+        self._cut = (self.epoch, batches)
+        return batches
 
     def _hand_over(self, packet: Packet[B]) -> B:
         if packet.failure is not None:
