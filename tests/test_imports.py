@@ -51,7 +51,7 @@ def area(name):
         return "base"  # what stages share
     if parts[:2] == ["study", "config"]:
         return "config"
-    if parts[0] in ("config_keys", "config_sections", "inputs", "stages"):
+    if parts[0] in ("config_keys", "config_mllm", "config_sections", "inputs", "stages"):
         return "config"
     if parts[0] in ("callbacks", "run_folder", "run_noise", "commands", "cli", "__main__"):
         return "run"

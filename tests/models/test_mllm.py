@@ -7,7 +7,8 @@ from transformers import AutoProcessor, Idefics3ForConditionalGeneration
 from prefgen.errors import CheckpointError, DataError
 from prefgen.models.lora import WEIGHTS_NAME, add_lora, load_lora, save_lora
 from prefgen.models.mllm import MLLM
-from prefgen.models.packing import PackItem, PromptFormat, Question, pack_batch
+from prefgen.models.packing import PackItem, Question, pack_batch
+from prefgen.models.prompts import PromptFormat
 from prefgen.testing.mllm import tiny_mllm
 
 HISTORY = ("I like these images.", 0, 1, 2, "I don't like these images.", 3)

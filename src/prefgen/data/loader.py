@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from prefgen.data.budget import TokenBudget
 from prefgen.data.epoch_batches import EpochBatches
 from prefgen.data.loader_checks import checked_position, worker_trouble
 from prefgen.data.reader import OnBad, SkipCounter
@@ -66,6 +67,7 @@ class ResumableLoader(Generic[T, B]):
         prefetch_factor: int = 2,
         stall_seconds: int = 0,
         multiprocessing_context: str | None = None,
+        budget: TokenBudget | None = None,
         name: str = "samples",
     ) -> None:
         """Check the sizes and build; no process starts before the first batch.
@@ -90,6 +92,8 @@ class ResumableLoader(Generic[T, B]):
             stall_seconds: how long a batch may take. Then workers count as stuck, a DataError; without
                 workers a warning says what is waited for. 0 waits for ever.
             multiprocessing_context: "fork", "forkserver" or "spawn"; default torch's own.
+            budget: cut epochs into batches by tokens; ``batch_size`` is then the most samples of a batch, and
+                epochs may differ in their number of batches, which all ranks share.
             name: what the samples are called in messages, such as "users of split train".
 
         Raises:
@@ -111,6 +115,7 @@ class ResumableLoader(Generic[T, B]):
             world_size=world_size,
             window_shards=window_shards,
             limit_batches=limit_batches,
+            budget=budget,
         )
         self._batches.check(name=name, num_workers=num_workers)
         self._skips = SkipCounter()
@@ -135,7 +140,7 @@ class ResumableLoader(Generic[T, B]):
         self._stop = weakref.finalize(self, stop_workers, self._loader)
 
     def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
+        """Batches of one epoch on this rank: of the current one, where a budget lets them differ."""
         return self._batches.count(epoch=self.epoch)
 
     def __iter__(self) -> Iterator[B]:
@@ -180,7 +185,7 @@ class ResumableLoader(Generic[T, B]):
         epoch, done = checked_position(
             state,
             expected={"version": STATE_VERSION, **self._batches.identity()},
-            length=len(self),
+            length=self._batches.count,
             any_split=self._batches.by_turns,
         )
         self._move(epoch=epoch, batches_done=done)

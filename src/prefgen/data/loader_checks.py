@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefgen.errors import CheckpointError, DataError
@@ -63,14 +63,14 @@ def check_windows(num_samples: int, *, shard_sizes: Sequence[int]) -> None:
 
 
 def checked_position(
-    state: Mapping[str, Any], *, expected: Mapping[str, Any], length: int, any_split: bool
+    state: Mapping[str, Any], *, expected: Mapping[str, Any], length: Callable[..., int], any_split: bool
 ) -> tuple[int, int]:
     """Epoch and batch of a saved position.
 
     Args:
         state: what a loader's ``state_dict`` gave.
         expected: version and identity of the loader that is to go on.
-        length: its batches an epoch.
+        length: ``length(epoch=)``, its batches in an epoch.
         any_split: whether the same samples a step may be split over another number of ranks.
 
     Raises:
@@ -85,11 +85,9 @@ def checked_position(
                 f"run has {key}={mine!r}; exact resume needs the same {key}"
             )
     epoch, done = state.get("epoch"), state.get("batches_done")
-    if not isinstance(epoch, int) or not isinstance(done, int) or epoch < 0 or not 0 <= done <= length:
-        raise CheckpointError(
-            f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}"
-        )
-    return epoch, done
+    if isinstance(epoch, int) and isinstance(done, int) and epoch >= 0 and 0 <= done <= length(epoch=epoch):
+        return epoch, done
+    raise CheckpointError(f"the data position in the checkpoint is damaged: epoch={epoch!r}, batch={done!r}")
 
 
 def _check_global_batch(state: Mapping[str, Any], *, expected: Mapping[str, Any]) -> None:

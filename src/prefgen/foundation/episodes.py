@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.models.packing import PackItem, Piece, Question
+from prefgen.models.packing import PackItem, Question
+from prefgen.models.prompts import Piece
 
 Wording = tuple[str, str, str, tuple[str, str]]
 """Marker of either set, the query's words, and its two answers."""

@@ -34,7 +34,7 @@ def add_lora(
     Raises:
         CheckpointError: no linear layer of the language model has one of these names.
     """
-    pattern = rf".*text_model\.layers\.\d+\..*\.({'|'.join(targets)})"
+    pattern = rf".*{mllm.family.text}\.layers\.\d+\..*\.({'|'.join(targets)})"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     try:
         with _own_warnings_only():

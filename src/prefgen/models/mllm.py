@@ -1,8 +1,9 @@
-"""A multi-image multimodal LLM of the Idefics3 classes, worked from cached image features.
+"""A multi-image multimodal LLM, worked from cached image features.
 
 Images go through the vision tower and connector once (:meth:`MLLM.encode_images`); everything afterwards puts
 those features into the slots of packed token rows (:mod:`prefgen.models.packing`) and runs the language model
-alone. The same code serves pretraining, the vqa and probe stages, profile building and ``explain``.
+alone. The same code serves pretraining, the vqa and probe stages, profile building and ``explain``, and all
+families of :mod:`prefgen.models.families`.
 """
 
 from __future__ import annotations
@@ -10,31 +11,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, Idefics3ForConditionalGeneration, Idefics3Processor
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, Idefics3Processor
 
 from prefgen.errors import CheckpointError, DataError
+from prefgen.models.deepstack import DeepStack
+from prefgen.models.families import FAMILIES, Family, FamilyName, family_of, vision_dtype
+from prefgen.models.layer_hooks import OnLayer, watch_layers
 from prefgen.models.loading import quiet_loading
-from prefgen.models.packing import PackedBatch, PackItem, PromptEncoder, PromptFormat, pack_batch
+from prefgen.models.mllm_pixels import PixelMaker
+from prefgen.models.packing import PackedBatch, PackItem, pack_batch
+from prefgen.models.prefix_cache import PrefixPlan, run_with_prefix_cache
+from prefgen.models.prompts import PromptEncoder, chat_format
+from prefgen.models.quantization import Quantization, quantization_config
 
-IMAGE_WRAPPING_KEY = "prefgen_image_wrapping"
-"""Key in config.json: "stock" writes <fake><global-img> around an image, "bare" writes nothing."""
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Sharing = Literal["mask", "cache"]
+"""How the questions of one history share it: by an additive mask, or by cached keys and values."""
 
 
 @dataclass
 class MLLM:
-    """Model, tokenizer, image processor and prompt format of one multimodal LLM."""
+    """Model, tokenizer, image processor and prompt format of one multimodal LLM.
+
+    Attributes:
+        model: the ``...ForConditionalGeneration`` of its family.
+        tokenizer: with its chat template, if any.
+        image_processor: of the family, on PIL.
+        encoder: prompts to ids.
+        family: what differs from other families.
+        image_size: side in pixels of the square the vision tower sees.
+        sharing: how packed questions share their history; flash attention knows "cache" only.
+    """
 
     model: Any
     tokenizer: Any
     image_processor: Any
     encoder: PromptEncoder = field(repr=False)
+    family: Family = field(repr=False)
+    image_size: int
+    sharing: Sharing = "mask"
 
     @staticmethod
     def load(
@@ -42,46 +63,84 @@ class MLLM:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        attention: str = "sdpa",
+        attention: Attention = "sdpa",
+        family: FamilyName | Literal["auto"] = "auto",
+        quantization: Quantization = "none",
     ) -> MLLM:
         """Load a folder (or hub id) through ``from_pretrained``.
 
+        Args:
+            path: folder or hub id.
+            dtype: of the weights.
+            device: where they go.
+            attention: attention code of transformers; the flash ones need their package and a GPU.
+            family: the family it has to be of; "auto" takes any that prefgen knows.
+            quantization: "nf4" holds the language model's linear layers in 4 bits (QLoRA).
+
         Raises:
-            CheckpointError: nothing loadable there.
+            CheckpointError: nothing loadable there, another family, an image side that does not fit, or the
+                package that quantization needs is absent.
         """
+        kind = family_of(path, wanted=family)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+        if quantization != "none":
+            skipped = [f"model.{part}" for part in (kind.vision, *kind.connectors)] + ["lm_head"]
+            options["quantization_config"] = quantization_config(quantization, dtype=dtype, skipped=skipped)
         try:
             with quiet_loading():
-                model = Idefics3ForConditionalGeneration.from_pretrained(
-                    path, dtype=dtype, attn_implementation=attention
-                )
+                config = AutoConfig.from_pretrained(path)
+                processor = kind.load_image_processor(path, side=kind.side_of(config))
+                model = kind.model_class().from_pretrained(path, **options)
                 tokenizer = AutoTokenizer.from_pretrained(path)
-                processor = Idefics3ImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"no multimodal LLM of the Idefics3 classes at {path}: {reason}") from error
+            raise CheckpointError(f"no multimodal LLM of family {kind.name} at {path}: {reason}") from error
         model = model.to(device).eval()
-        return MLLM.assemble(model, tokenizer=tokenizer, image_processor=processor)
+        return MLLM.assemble(
+            model,
+            tokenizer=tokenizer,
+            image_processor=processor,
+            sharing="cache" if attention.startswith("flash") else "mask",
+        )
 
     @staticmethod
-    def assemble(model: Any, *, tokenizer: Any, image_processor: Any) -> MLLM:
+    def assemble(
+        model: Any,
+        *,
+        tokenizer: Any,
+        image_processor: Any,
+        sharing: Sharing = "mask",
+    ) -> MLLM:
         """From parts already in memory; the prompt format follows the tokenizer's chat template."""
-        wrapping = getattr(model.config, IMAGE_WRAPPING_KEY, "stock")
-        form = chat_format(tokenizer, tokens_per_image=model.model.image_seq_len, image_wrapping=wrapping)
-        encoder = PromptEncoder(tokenizer=tokenizer, format=form)
-        return MLLM(model=model, tokenizer=tokenizer, image_processor=image_processor, encoder=encoder)
+        family = FAMILIES[model.config.model_type]
+        side = family.side_of(model.config)
+        form = chat_format(tokenizer, images=family.prompt_format(model.config, side=side))
+        return MLLM(
+            model=model,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            encoder=PromptEncoder(tokenizer=tokenizer, format=form),
+            family=family,
+            image_size=side,
+            sharing=sharing,
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write model, tokenizer, chat template and processor where ``from_pretrained`` finds them."""
+        """Write model, tokenizer, chat template and image processor where ``from_pretrained`` finds them."""
         with quiet_loading():
             self.model.save_pretrained(path)
-        self.processor().save_pretrained(path)
+        if self.family.name == "idefics3":
+            self.processor().save_pretrained(path)
+        else:  # not all stock processors can be built without torchvision
+            self.tokenizer.save_pretrained(path)
+            self.image_processor.save_pretrained(path)
 
     def processor(self) -> Any:
-        """The stock processor with these parts."""
+        """The stock processor of Idefics3 with these parts."""
         return Idefics3Processor(
             image_processor=self.image_processor,
             tokenizer=self.tokenizer,
-            image_seq_len=self.model.model.image_seq_len,
+            image_seq_len=self.encoder.format.tokens_per_image,
             chat_template=self.tokenizer.chat_template,
         )
 
@@ -94,80 +153,138 @@ class MLLM:
     @property
     def text_model(self) -> Any:
         """The language model (LoRA goes here)."""
-        return self.model.model.text_model
+        return getattr(self.model.model, self.family.text)
+
+    @property
+    def text_config(self) -> Any:
+        """Its configuration."""
+        return self.model.config.text_config
 
     @property
     def hidden_size(self) -> int:
-        """D of hidden states and image features."""
-        return int(self.model.config.text_config.hidden_size)
+        """D of hidden states."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of image features: D, or several times D where a family feeds images to several layers."""
+        return self.hidden_size * self.family.streams(self.model.config)
 
     @property
     def num_layers(self) -> int:
         """Decoder layers; hidden state 0 is the input embedding, l the output of layer l."""
-        return int(self.model.config.text_config.num_hidden_layers)
+        return int(self.text_config.num_hidden_layers)
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest row the language model was built for."""
-        return int(self.model.config.text_config.max_position_embeddings)
+        return int(self.text_config.max_position_embeddings)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the square the vision tower sees."""
-        return int(self.model.config.vision_config.image_size)
+    def pixels(self) -> PixelMaker:
+        """Makes (N, 3, H, W) normalised pixels of pictures."""
+        return PixelMaker(processor=self.image_processor, side=self.image_size, squaring=self.family.squaring)
 
-    def pixels(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-        """(N, 3, H, W) normalised pixels; see :func:`make_pixels`."""
-        return make_pixels(images, processor=self.image_processor, side=self.image_size)
+    def checkpoint_layers(self) -> None:
+        """Trade time for memory: forget what is inside each decoder layer and compute it again backwards.
+
+        Raises:
+            CheckpointError: questions share cached keys and values, which a second computation would extend.
+        """
+        if self.sharing == "cache":
+            raise CheckpointError(
+                "model.gradient_checkpointing=true does not go with flash attention, whose packed questions "
+                "share cached keys and values; use model.attention=sdpa"
+            )
+        self.text_model.activation_checkpointing_enable()
+        # transformers checkpoints layers in training mode only; it has no dropout to switch on otherwise
+        self.text_model.train()
+
+    # Images
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Vision tower and connector with gradients: (N, 3, H, W) -> (N, tokens_per_image, D).
-
-        Not ``get_image_features``: that one drops pictures whose normalised pixels are all zero (plain grey).
-        """
+        """Vision tower and connector with gradients: (N, 3, H, W) -> (N, tokens_per_image, feature_size)."""
         inner = self.model.model
-        pixels = pixels.to(
-            device=self.device, dtype=inner.vision_model.embeddings.patch_embedding.weight.dtype
-        )
-        features: Tensor = inner.connector(inner.vision_model(pixel_values=pixels).last_hidden_state)
-        return features
+        dtype = vision_dtype(getattr(inner, self.family.vision))
+        return self.family.encode(inner, pixels.to(device=self.device, dtype=dtype))
 
     @torch.no_grad()
     def encode_images(
         self, images: Sequence[Image.Image] | np.ndarray | Tensor, *, batch_size: int = 128
     ) -> Tensor:
-        """Features to cache: PIL images, uint8 (N, H, W, 3), or normalised (N, 3, H, W) -> (N, K, D)."""
+        """Features to cache: PIL images, uint8 (N, H, W, 3), or normalised (N, 3, H, W) -> (N, K, F)."""
         parts = [
             self.encode_pixels(part if isinstance(part, Tensor) else self.pixels(part))
             for part in (images[i : i + batch_size] for i in range(0, len(images), batch_size))
         ]
-        shape = (0, self.encoder.format.tokens_per_image, self.hidden_size)
+        shape = (0, self.encoder.format.tokens_per_image, self.feature_size)
         return torch.cat(parts) if parts else torch.zeros(shape, device=self.device)
 
+    # Prompts
+
     def embed(self, batch: PackedBatch, *, image_features: Tensor) -> Tensor:
-        """Token embeddings (B, T, D) with image features in their slots; features are (N, K, D)."""
+        """Token embeddings (B, T, D) with image features in their slots; features are (N, K, F)."""
         embeds: Tensor = self.text_model.get_input_embeddings()(batch.input_ids)
         if batch.image_rows.numel() == 0:
             return embeds
         size = embeds.shape[-1]
-        chosen = image_features[batch.image_rows.to(image_features.device)].to(embeds)
+        chosen = image_features[batch.image_rows.to(image_features.device)][..., :size].to(embeds)
         flat = embeds.reshape(-1, size)
         flat = flat.index_copy(0, batch.image_slots.reshape(-1), chosen.reshape(-1, size))
         return flat.view_as(embeds)
 
-    def hidden(self, batch: PackedBatch, *, image_features: Tensor) -> Tensor:
-        """Last hidden states (B, T, D), after the final norm."""
+    def hidden(
+        self,
+        batch: PackedBatch,
+        *,
+        image_features: Tensor,
+        layers: Sequence[int] = (),
+        on_layer: OnLayer | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, D), after the final norm.
+
+        Args:
+            batch: packed prompts.
+            image_features: (N, K, F).
+            layers: numbers (1 to L) of layers to show.
+            on_layer: called with the number and the output (B, T, D) of each, while the pass runs.
+        """
         embeds = self.embed(batch, image_features=image_features)
-        device = embeds.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-        output = self.text_model(
-            inputs_embeds=embeds,
-            attention_mask=batch.attention_mask(dtype=dtype),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        deep = DeepStack.of(batch, image_features=image_features, like=embeds)
+        plan = PrefixPlan.of(batch) if self.sharing == "cache" else None
+        with watch_layers(self.text_model.layers, layers=layers, on_layer=on_layer, plan=plan):
+            if plan is not None:
+                return self._hidden_by_cache(batch, plan=plan, embeds=embeds, deep=deep)
+            device = embeds.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+            output = self.text_model(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask(dtype=dtype),
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **deep.arguments(shape=batch.input_ids.shape),
+            )
         last: Tensor = output.last_hidden_state
         return last
+
+    def _hidden_by_cache(
+        self, batch: PackedBatch, *, plan: PrefixPlan, embeds: Tensor, deep: DeepStack
+    ) -> Tensor:
+        flat, places = embeds.reshape(-1, embeds.shape[-1]), batch.position_ids.flatten(-2)
+
+        def run(tokens: Tensor, *, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
+            output = self.text_model(
+                inputs_embeds=flat[tokens],
+                attention_mask=attention_mask.long(),
+                position_ids=places[..., tokens],
+                past_key_values=cache,
+                use_cache=True,
+                **deep.arguments(tokens),
+            )
+            states: Tensor = output.last_hidden_state
+            return states
+
+        return run_with_prefix_cache(plan, run=run, text_config=self.text_config)
 
     def logits_at(self, hidden: Tensor, flat: Tensor) -> Tensor:
         """Logits (n, V) at flat positions only: the vocabulary is never spread over all tokens."""
@@ -199,78 +316,21 @@ class MLLM:
         if len(item.questions) != 1 or item.questions[0].answer is not None:
             raise DataError(f"generate answers one open question, got {len(item.questions)}")
         batch = pack_batch(self.encoder, items=[item]).to(self.device)
-        cache = DynamicCache(config=self.model.config.text_config)
+        cache = DynamicCache(config=self.text_config)
         embeds = self.embed(batch, image_features=image_features)
+        deep = DeepStack.of(batch, image_features=image_features, like=embeds)
+        more = deep.arguments(shape=batch.input_ids.shape)
+        places, following = batch.position_ids, int(batch.position_ids.max()) + 1
         stop, ids = self.encoder.stop_id, []
         for _ in range(max_new_tokens):
-            output = self.text_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            output = self.text_model(
+                inputs_embeds=embeds, position_ids=places, past_key_values=cache, use_cache=True, **more
+            )
             chosen = self.model.lm_head(output.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
             token = int(chosen)
             if token == stop or token == self.tokenizer.eos_token_id:
                 break
             ids.append(token)
-            embeds = self.text_model.get_input_embeddings()(chosen)
+            embeds, more = self.text_model.get_input_embeddings()(chosen), {}
+            places, following = torch.full_like(places[..., :1], following), following + 1
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def make_pixels(images: Sequence[Image.Image] | np.ndarray, *, processor: Any, side: int) -> Tensor:
-    """(N, 3, side, side) pixels as the stock image processor makes them.
-
-    Pictures that have the right size already, and uint8 arrays (N, side, side, 3), skip its slow resizing.
-
-    Raises:
-        DataError: an array of another type or shape.
-    """
-    if not isinstance(images, np.ndarray):
-        if any(image.size != (side, side) for image in images):
-            nested = [[image.convert("RGB")] for image in images]
-            pixels: Tensor = processor(nested, return_tensors="pt")["pixel_values"]
-            return pixels[:, 0]
-        images = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
-        raise DataError(
-            f"pixels: expected uint8 (N, {side}, {side}, 3), got {images.dtype} {tuple(images.shape)}"
-        )
-    raw = torch.from_numpy(images).permute(0, 3, 1, 2).float() * processor.rescale_factor
-    mean = torch.tensor(processor.image_mean)[:, None, None]
-    std = torch.tensor(processor.image_std)[:, None, None]
-    normalised: Tensor = (raw - mean) / std
-    return normalised
-
-
-def chat_format(tokenizer: Any, *, tokens_per_image: int, image_wrapping: str = "stock") -> PromptFormat:
-    """Read what a chat template writes around question and answer, by rendering it with two marks.
-
-    Raises:
-        CheckpointError: the template loses or repeats a mark, or the wrapping is unknown.
-    """
-    if image_wrapping not in ("stock", "bare"):
-        raise CheckpointError(f"{IMAGE_WRAPPING_KEY}: {image_wrapping!r} is not one of stock, bare")
-    stock = image_wrapping == "stock"
-    wrapping = {
-        "image_opening": "<fake_token_around_image><global-img>" if stock else "",
-        "image_closing": "<fake_token_around_image>" if stock else "",
-        "image_token": "<image>",
-    }
-    if tokenizer.chat_template is None:
-        return PromptFormat(answer_lead=" ", tokens_per_image=tokens_per_image, **wrapping)
-    asked, answered = "QUESTIONMARK", "ANSWERMARK"
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": asked}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answered}]},
-    ]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    if text.count(asked) != 1 or text.count(answered) != 1:
-        raise CheckpointError("the chat template does not write question and answer exactly once")
-    opening, rest = text.split(asked)
-    before, after = rest.split(answered)
-    # "Assistant: " + "Yes" is tokenized as "Assistant:" + " Yes": the space belongs to the answer.
-    lead = before[len(before.rstrip(" ")) :]
-    return PromptFormat(
-        opening=opening,
-        before_answer=before.rstrip(" "),
-        answer_lead=lead,
-        after_answer=after.rstrip(),
-        tokens_per_image=tokens_per_image,
-        **wrapping,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from prefgen.models.mllm import IMAGE_WRAPPING_KEY, MLLM
+from prefgen.models.families import IMAGE_WRAPPING_KEY
+from prefgen.models.mllm import MLLM
 
 SPECIAL_TOKENS = (
     "<pad>",
@@ -28,6 +29,15 @@ SPECIAL_TOKENS = (
     "<user>",
     "<assistant>",
 )
+
+NAMED_TOKENS = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "user_token": "<user>",
+    "assistant_token": "<assistant>",
+}
+"""Names under which the stock processors look for them."""
 
 # One token for each turn keeps six questions behind one history short.
 CHAT_TEMPLATE = (
@@ -64,30 +74,31 @@ class MLLMSpec:
     image_wrapping: Literal["bare", "stock"] = "bare"
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048) -> Any:
-    """Byte-level BPE over a corpus, with the special tokens and chat template of :class:`MLLM`."""
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 2048,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    named_tokens: Mapping[str, str] = NAMED_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+) -> Any:
+    """Byte-level BPE over a corpus; the first two special tokens are padding and the end of a turn."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<end_of_utterance>",
-        extra_special_tokens={
-            "image_token": "<image>",
-            "fake_image_token": "<fake_token_around_image>",
-            "global_image_token": "<global-img>",
-            "user_token": "<user>",
-            "assistant_token": "<assistant>",
-        },
-        chat_template=CHAT_TEMPLATE,
+        pad_token=special_tokens[0],
+        eos_token=special_tokens[1],
+        extra_special_tokens=dict(named_tokens),
+        chat_template=chat_template,
     )
 
 
@@ -130,3 +141,13 @@ def build_mllm(tokenizer: Any, *, spec: MLLMSpec, seed: int) -> MLLM:
     side = {"longest_edge": spec.image_size}
     processor = Idefics3ImageProcessorPil(do_image_splitting=False, size=side, max_image_size=side)
     return MLLM.assemble(model.eval(), tokenizer=tokenizer, image_processor=processor)
+
+
+def random_twin(mllm: MLLM, *, seed: int) -> MLLM:
+    """The same classes, sizes, tokenizer and prompts with fresh random weights: the control of a study."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = mllm.family.model_class()(mllm.model.config).eval()
+    return MLLM.assemble(
+        model, tokenizer=mllm.tokenizer, image_processor=mllm.image_processor, sharing=mllm.sharing
+    )

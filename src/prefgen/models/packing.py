@@ -11,19 +11,14 @@ Words are free: the vqa stage, the neutral grouping of the foundation and plain 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefgen.errors import DataError
-
-Piece = str | int
-"""Text, or the row of ``image_features`` of one image."""
-
-_TEXT_CACHE_SIZE = 65536
+from prefgen.models.prompts import Piece, PromptEncoder, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,108 +38,14 @@ class PackItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptFormat:
-    """What stands around the words and images of one model family.
-
-    Attributes:
-        opening: text before the history (begin of text, "User:").
-        before_answer: text between a question and its answer ("Assistant:").
-        answer_lead: text put in front of every answer (a space where the template writes one).
-        after_answer: text after an answer; its first token ends a generated answer.
-        image_opening: text before the tokens of an image.
-        image_closing: text after them.
-        image_token: the placeholder token.
-        tokens_per_image: how many placeholders one image takes.
-    """
-
-    opening: str = ""
-    before_answer: str = ""
-    answer_lead: str = ""
-    after_answer: str = ""
-    image_opening: str = ""
-    image_closing: str = ""
-    image_token: str = "<image>"
-    tokens_per_image: int = 1
-
-    def text(self, item: PackItem, *, question: int) -> str:
-        """One question as the plain string a processor would see after placeholder expansion."""
-        asked = item.questions[question]
-        image = self.image_opening + self.image_token * self.tokens_per_image + self.image_closing
-        words = [self.opening, *item.history, *asked.pieces, self.before_answer]
-        if asked.answer is not None:
-            words += [self.answer_lead + asked.answer + self.after_answer]
-        return "".join(image if isinstance(word, int) else word for word in words)
-
-
-@dataclass
-class PromptEncoder:
-    """Text to ids for one tokenizer and format; each distinct text is tokenized once and remembered."""
-
-    tokenizer: Any
-    format: PromptFormat
-    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of the placeholder."""
-        return self.text_ids(self.format.image_token)[0]
-
-    @property
-    def stop_id(self) -> int | None:
-        """Id that ends a generated answer; None if the format closes an answer with nothing."""
-        ids = self.text_ids(self.format.after_answer)
-        return ids[0] if ids else None
-
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of a text, without any special token the tokenizer would add by itself."""
-        ids = self._known.get(text)
-        if ids is None:
-            if len(self._known) >= _TEXT_CACHE_SIZE:
-                self._known.clear()
-            ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-            self._known[text] = ids
-        return ids
-
-    def first_ids(self, answers: Sequence[str]) -> list[int]:
-        """First token of each answer, to compare their logits where the answer starts.
-
-        Raises:
-            DataError: two answers start with the same token, so no logit tells them apart.
-        """
-        ids = [self.text_ids(self.format.answer_lead + answer)[0] for answer in answers]
-        if len(set(ids)) != len(ids):
-            raise DataError(f"answers {list(answers)} share a first token under this tokenizer; reword them")
-        return ids
-
-    def segment(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
-        """Ids, offsets of the first placeholder of each image, and the row of each image."""
-        form = self.format
-        placeholders = [self.image_token_id] * form.tokens_per_image
-        ids: list[int] = []
-        offsets: list[int] = []
-        rows: list[int] = []
-        text = ""
-        for piece in pieces:
-            if isinstance(piece, str):
-                text += piece
-                continue
-            ids += self.text_ids(text + form.image_opening)
-            offsets.append(len(ids))
-            rows.append(int(piece))
-            ids += placeholders
-            text = form.image_closing
-        ids += self.text_ids(text)
-        return ids, offsets, rows
-
-
-@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """B packed rows of T tokens holding Q questions, n answer tokens and I images. Flat = row * T + column.
 
     Attributes:
         input_ids: (B, T) token ids, placeholders where images stand.
         segments: (B, T) 0 in the history, 1.. in the questions, -1 in the padding.
-        position_ids: (B, T) position within "history + own question".
+        position_ids: (B, T) position within "history + own question"; (3, B, T) time, height and width where
+            the family's positions have two dimensions.
         image_rows: (I,) row of ``image_features`` of each image.
         image_slots: (I, tokens_per_image) flat positions of its placeholders.
         predictors: (n,) flat positions whose hidden state predicts an answer token.
@@ -224,7 +125,7 @@ def pack_batch(
     return PackedBatch(
         input_ids=_grid([row.ids for row in rows], length=length, fill=pad),
         segments=_grid([row.segments for row in rows], length=length, fill=-1),
-        position_ids=_grid([row.positions for row in rows], length=length, fill=0),
+        position_ids=_positions(rows, length=length),
         image_rows=_long([value for row in rows for value in row.image_rows]),
         image_slots=torch.from_numpy(offsets[:, None] + width[None, :]),
         predictors=torch.from_numpy(_flat([row.predictors for row in rows], starts=starts)),
@@ -236,6 +137,11 @@ def pack_batch(
     )
 
 
+def row_length(encoder: PromptEncoder, *, item: PackItem) -> int:
+    """Tokens of an item's packed row, before padding."""
+    return len(_Row(encoder, item).ids)
+
+
 class _Row:
     """One packed row as plain lists; loops run over pieces, never over tokens."""
 
@@ -243,15 +149,19 @@ class _Row:
         form = encoder.format
         self.ids, self.image_offsets, self.image_rows = encoder.segment([form.opening, *item.history])
         history = len(self.ids)
+        placed, after_history = positions(form, length=history, images=self.image_offsets, start=0)
+        parts = [placed]
         self.segments = [0] * history
-        self.positions = list(range(history))
         self.predictors: list[int] = []
         self.targets: list[int] = []
         self.answer_lengths: list[int] = []
         self.reading_points: list[int] = []
+        after_image = bool(item.history) and isinstance(item.history[-1], int)
         for number, question in enumerate(item.questions, start=1):
             start = len(self.ids)
-            ids, offsets, rows = encoder.segment([*question.pieces, form.before_answer])
+            ids, offsets, rows = encoder.segment(
+                [*question.pieces, form.before_answer], after_image=after_image
+            )
             if start + len(ids) == 0:
                 raise DataError("a question needs a token before its answer: give it words or an image")
             self.image_offsets += [start + offset for offset in offsets]
@@ -269,14 +179,24 @@ class _Row:
             self.ids = self.ids + ids + answer
             added = len(ids) + len(answer)
             self.segments += [number] * added
-            self.positions += range(history, history + added)
+            placed, _ = positions(form, length=added, images=offsets, start=after_history)
+            parts.append(placed)
+        self.positions = np.concatenate(parts, axis=1)
 
 
-def _grid(rows: Sequence[Sequence[int]], *, length: int, fill: int) -> Tensor:
+def _grid(rows: Sequence[Sequence[int] | np.ndarray], *, length: int, fill: int) -> Tensor:
     grid = np.full((len(rows), length), fill, dtype=np.int64)
     for i, row in enumerate(rows):
         grid[i, : len(row)] = row
     return torch.from_numpy(grid)
+
+
+def _positions(rows: Sequence[_Row], *, length: int) -> Tensor:
+    axes = [
+        _grid([row.positions[axis] for row in rows], length=length, fill=0)
+        for axis in range(len(rows[0].positions))
+    ]
+    return axes[0] if len(axes) == 1 else torch.stack(axes)
 
 
 def _flat(columns: Sequence[Sequence[int]], *, starts: np.ndarray) -> np.ndarray:

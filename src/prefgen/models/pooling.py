@@ -1,13 +1,13 @@
 """Hidden states of every layer, pooled while the forward pass runs and never kept whole.
 
-A hook on each decoder layer pools its output at once, so memory is one layer's hidden states plus the pooled
+The output of each decoder layer is pooled at once, so memory is one layer's hidden states plus the pooled
 (questions, layers, poolings, D). Layer l (1 to L) is the output of decoder layer l, before the final norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -73,20 +73,10 @@ def pooled_states(
     wanted = list(layers) if layers is not None else list(range(1, mllm.num_layers + 1))
     pooled: dict[int, Tensor] = {}
 
-    def keep(number: int) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            pooled[number] = pool(hidden, batch=batch, poolings=poolings)
+    def keep(number: int, hidden: Tensor) -> None:
+        pooled[number] = pool(hidden, batch=batch, poolings=poolings)
 
-        return hook
-
-    decoder = mllm.text_model.layers
-    handles = [decoder[number - 1].register_forward_hook(keep(number)) for number in set(wanted)]
-    try:
-        mllm.hidden(batch, image_features=image_features)
-    finally:
-        for handle in handles:
-            handle.remove()
+    mllm.hidden(batch, image_features=image_features, layers=wanted, on_layer=keep)
     return torch.stack([pooled[number] for number in wanted], dim=1)
 
 

@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from prefgen.models.packing import PackItem, Piece, Question
+from prefgen.models.packing import PackItem, Question
+from prefgen.models.prompts import Piece
 from prefgen.schema import Side, UserHistory
 
-QuestionKind = Literal["like", "choose", "likes", "dislikes"]
+QuestionKind = Literal["like", "choose", "likes", "dislikes", "score"]
 
 LIKED_MARK = "I like these images."
 DISLIKED_MARK = "I don't like these images."
@@ -24,7 +25,9 @@ LIKE_WORDS = "Does this user like this image?"
 CHOOSE_WORDS = ("First image:", "Second image:", "Which of these two images would this user choose?")
 LIKES_WORDS = "What does this user like?"
 DISLIKES_WORDS = "What does this user dislike?"
+SCORE_WORDS = "Score for this image?"
 YES_NO = ("Yes", "No")
+PLUS_MINUS = ("+", "-")
 FIRST_SECOND = ("first", "second")
 
 
@@ -35,6 +38,7 @@ class QuestionCounts:
     Attributes:
         like: like-or-dislike queries, half of them liked where there are enough.
         choose: which-of-two queries.
+        score: like-or-dislike queries in the form of the earlier system: a score of + or -.
         likes: 0 or 1, what does this user like.
         dislikes: 0 or 1, what does this user dislike.
         max_listed: the longest attribute list; a longer one is cut to a random part of that length.
@@ -44,6 +48,7 @@ class QuestionCounts:
     choose: int = 1
     likes: int = 1
     dislikes: int = 1
+    score: int = 0
     max_listed: int = 12
 
 
@@ -100,6 +105,13 @@ def like_question(image: int, *, liked: bool | None = None, reasons: Sequence[st
     if answer and reasons:
         answer += f", because of the {', '.join(reasons)}."
     return Question(pieces=[image, LIKE_WORDS], answer=answer)
+
+
+def score_question(image: int, *, liked: bool | None = None) -> Question:
+    """Like or dislike as a score; ``liked`` None leaves the answer open."""
+    return Question(
+        pieces=[image, SCORE_WORDS], answer=None if liked is None else PLUS_MINUS[0 if liked else 1]
+    )
 
 
 def choose_question(first: int, *, second: int, answer: int | None = None) -> Question:
@@ -159,6 +171,12 @@ def draw_item(
         first, second = (first_row + good, offset + bad)[:: -1 if answer else 1]
         asked.append(("choose", choose_question(first, second=second, answer=answer), answer))
     asked += _lists(history, counts=counts, rng=rng)
+    if counts.score:  # drawn last: the other questions are the same with and without it
+        for is_liked, position in draw_queries(
+            history, liked=liked, disliked=disliked, count=counts.score, rng=rng
+        ):
+            row = first_row + position if is_liked else offset + position
+            asked.append(("score", score_question(row, liked=is_liked), 0 if is_liked else 1))
     return AskedItem(
         item=PackItem(history=pieces, questions=[question for _, question, _ in asked]),
         kinds=tuple(kind for kind, _, _ in asked),

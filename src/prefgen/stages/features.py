@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefgen.config import resolve_path
+from prefgen.config_mllm import MLLMConfig
 from prefgen.data.index import index_hash
 from prefgen.data.reader import ShardReader, UserSample, decode_image
 from prefgen.data.remote import RemoteFolder
@@ -53,6 +54,21 @@ def model_hash(path: str) -> str:
     """Hash of a local model folder; the name itself for a hub id."""
     folder = resolve_path(path)
     return hash_folder(folder) if folder.is_dir() else f"hub:{path}"
+
+
+def load_mllm(model: MLLMConfig) -> MLLM:
+    """The MLLM that a stage's ``model`` section describes.
+
+    Raises:
+        CheckpointError: see :meth:`MLLM.load`.
+    """
+    return MLLM.load(
+        model_source(model.mllm),
+        dtype=getattr(torch, model.frozen_dtype),
+        attention=model.attention,
+        family=model.family,
+        quantization=model.quantization,
+    )
 
 
 def model_source(path: str) -> Path | str:
@@ -158,7 +174,7 @@ def _encode(mllm: MLLM, *, reader: ShardReader, positions: range, total: int, in
     images = (image for position in positions for image in user_images(_sample(reader, position)))
     label = f"encoding images ({reader.split})"
     form = mllm.encoder.format
-    features = torch.empty(total, form.tokens_per_image, mllm.hidden_size, dtype=torch.float16)
+    features = torch.empty(total, form.tokens_per_image, mllm.feature_size, dtype=torch.float16)
     done = 0
     with tqdm(total=total, desc=label, unit="image", disable=total < CHUNK) as bar:
         while chunk := list(islice(images, CHUNK)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig, at_least, given, require
+from prefgen.config_mllm import MLLMConfig
 from prefgen.inputs import history_shards, lora_folder
 
 
@@ -48,17 +49,11 @@ class ProbeDataConfig(DataConfig):
 
 
 @dataclass
-class ProbeModelConfig:
+class ProbeModelConfig(MLLMConfig):
     """The frozen models that make the numbers."""
 
-    mllm: str = "asset:mini/mllm"
-    """Folder or hub id of the multimodal LLM."""
     lora: str = "${workdir}/vqa/lora"
     """Folder of stage vqa's LoRA; empty probes the MLLM as it was before."""
-    attention: Literal["eager", "sdpa"] = "eager"
-    """Attention code; eager is the faster one on a CPU, sdpa on a GPU."""
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights."""
     image_encoder: str = "asset:mini/pipeline/image_encoder"
     """Folder of the diffusion pipeline's image encoder, for the image embeddings that predict writes."""
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prefgen.data.sampling import rng_for
-from prefgen.models.packing import PackItem, Piece
+from prefgen.models.packing import PackItem
+from prefgen.models.prompts import Piece
 from prefgen.models.questions import UserRows, draw_queries, history_pieces, like_question, list_question
 
 

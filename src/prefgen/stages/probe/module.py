@@ -17,7 +17,6 @@ from prefgen.data.index import read_index
 from prefgen.data.parts import WHOLE, Part
 from prefgen.errors import DataError
 from prefgen.models.lora import load_lora
-from prefgen.models.mllm import MLLM
 from prefgen.models.packing import pack_batch
 from prefgen.models.pooling import POOLINGS, pooled_states
 from prefgen.models.probes import (
@@ -29,7 +28,7 @@ from prefgen.models.probes import (
     read_choice,
 )
 from prefgen.stages.base import StageModule, shard_root
-from prefgen.stages.features import model_hash, model_source
+from prefgen.stages.features import load_mllm, model_hash
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
 from prefgen.stages.probe.draws import ProbeSamples, shuffled
@@ -67,8 +66,7 @@ class ProbeModule(StageModule):
         super().__init__(config)
         self.config = config
         model = config.model
-        dtype = getattr(torch, model.frozen_dtype)
-        self.mllm = MLLM.load(model_source(model.mllm), dtype=dtype, attention=model.attention)
+        self.mllm = load_mllm(model)
         if model.lora:
             load_lora(self.mllm, path=resolve_path(model.lora), mllm_hash=model_hash(model.mllm))
         self.frozen = self.mllm.model.requires_grad_(False)

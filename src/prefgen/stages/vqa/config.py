@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.config_mllm import MLLMConfig
 from prefgen.inputs import history_shards, mllm_folder
 
 
@@ -17,6 +18,9 @@ class VQADataConfig(DataConfig):
     """Users per step and device; each brings one history and all its questions."""
     shards: str = "${workdir}/shards"
     """Folder of history shards, written by 'prefgen data build'."""
+    max_batch_tokens: int = 0
+    """Most tokens in one packed training batch, padding included: it takes as many users as fit,
+    data.batch_size at most, and users of like length stand together. 0 sets no limit."""
     num_liked: tuple[int, int] = (2, 8)
     """Fewest and most liked references in training, drawn anew each epoch."""
     num_disliked: tuple[int, int] = (2, 8)
@@ -27,6 +31,8 @@ class VQADataConfig(DataConfig):
     """References of either side in validation and test."""
     eval_queries: int = 8
     """Like-or-dislike questions a user in validation and test."""
+    reference_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """References of either side at which 'prefgen test' measures like or dislike, as far as they go."""
     cache_features: Literal["memory", "none"] = "memory"
     """Encode every image once and keep the features, or encode the images of each batch."""
     feature_cache: str = "${workdir}/features"
@@ -51,6 +57,9 @@ class VQADataConfig(DataConfig):
                 0 <= self.empty_side_rate <= 1,
                 f"data.empty_side_rate={self.empty_side_rate} must lie between 0 and 1",
             )
+        at_least("data.max_batch_tokens", self.max_batch_tokens, minimum=0)
+        for count in self.reference_counts:
+            at_least("data.reference_counts", count, minimum=1)
         at_least("data.eval_references", self.eval_references, minimum=1)
         at_least("data.eval_queries", self.eval_queries, minimum=1)
         at_least("data.max_users", self.max_users, minimum=0)
@@ -58,15 +67,11 @@ class VQADataConfig(DataConfig):
 
 
 @dataclass
-class VQAModelConfig:
+class VQAModelConfig(MLLMConfig):
     """The frozen MLLM and the LoRA put into its language model."""
 
-    mllm: str = "asset:mini/mllm"
-    """Folder or hub id of the multimodal LLM."""
-    attention: Literal["eager", "sdpa"] = "eager"
-    """Attention code; eager is the faster one on a CPU, sdpa on a GPU."""
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights."""
+    gradient_checkpointing: bool = False
+    """Compute each decoder layer a second time in the backward pass instead of keeping what is inside it."""
     lora_rank: int = 8
     """Rank of LoRA."""
     lora_alpha: int = 16
@@ -86,6 +91,12 @@ class VQAModelConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        super().__post_init__()
+        require(
+            not (self.gradient_checkpointing and self.attention.startswith("flash")),
+            f"model.gradient_checkpointing=true does not go with model.attention={self.attention}, where "
+            "questions share cached keys and values; use model.attention=sdpa",
+        )
         at_least("model.lora_rank", self.lora_rank, minimum=1)
         at_least("model.lora_alpha", self.lora_alpha, minimum=1)
         require(0 <= self.lora_dropout < 1, f"model.lora_dropout={self.lora_dropout} must lie in [0, 1)")
@@ -104,18 +115,23 @@ class VQAQuestionsConfig:
     """What does this user like: 0 or 1."""
     dislikes: int = 1
     """What does this user dislike: 0 or 1."""
+    score: int = 0
+    """Score-for-this-image questions, answered + or -, each with an image of its own."""
     max_listed: int = 12
     """Most attributes in one answer; longer lists are cut to a random part."""
     loss: Literal["token", "question"] = "question"
     """Average over answer tokens, or over questions, so that long lists do not drown Yes and No."""
     first_token_weight: float = 2.0
     """Weight of the loss of an answer's first token among its own tokens."""
+    contrastive_weight: float = 0.0
+    """Weight of a loss over every pair of a liked and a disliked image asked about behind one history: the
+    liked one's Yes should beat the disliked one's. 0 leaves it out."""
     num_listed_users: int = 16
     """Unseen users whose lists of likes and of dislikes are generated and checked in validation."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        counts = {name: getattr(self, name) for name in ("like", "choose", "likes", "dislikes")}
+        counts = {name: getattr(self, name) for name in ("like", "choose", "score", "likes", "dislikes")}
         for name, count in counts.items():
             at_least(f"questions.{name}", count, minimum=0)
         for name in ("likes", "dislikes"):
@@ -126,6 +142,12 @@ class VQAQuestionsConfig:
         )
         at_least("questions.max_listed", self.max_listed, minimum=1)
         at_least("questions.num_listed_users", self.num_listed_users, minimum=0)
+        at_least("questions.contrastive_weight", self.contrastive_weight, minimum=0)
+        require(
+            not self.contrastive_weight or self.like >= 2,
+            f"questions.contrastive_weight={self.contrastive_weight} compares two like-or-dislike questions "
+            f"behind one history; set questions.like={self.like} to 2 or more",
+        )
         require(self.first_token_weight > 0, "questions.first_token_weight must be above 0")
 
 
@@ -138,6 +160,15 @@ class VQAConfig(StageConfig):
     data: VQADataConfig = field(default_factory=VQADataConfig)
     model: VQAModelConfig = field(default_factory=VQAModelConfig)
     questions: VQAQuestionsConfig = field(default_factory=VQAQuestionsConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what 4-bit weights do not survive."""
+        super().__post_init__()
+        require(
+            self.model.quantization == "none" or self.trainer.precision != "bf16-true",
+            "trainer.precision=bf16-true would turn 4-bit weights into bf16; with "
+            f"model.quantization={self.model.quantization} use trainer.precision=bf16-mixed",
+        )
 
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """History shards, and the MLLM if it is a shipped one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,13 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
 
+from prefgen.data.budget import TokenBudget
 from prefgen.data.loader import ResumableLoader
 from prefgen.data.reader import ShardReader
 from prefgen.data.sampling import References, draw_references, rng_for
-from prefgen.models.mllm import MLLM, make_pixels
-from prefgen.models.packing import PackedBatch, PromptEncoder, pack_batch
+from prefgen.models.mllm import MLLM
+from prefgen.models.packing import PackedBatch, pack_batch, row_length
+from prefgen.models.prompts import PromptEncoder
 from prefgen.models.questions import AskedItem, QuestionCounts, QuestionKind, UserRows, draw_item
 from prefgen.schema import Split
 from prefgen.stages.base import rank_zero_first, shard_root
@@ -89,6 +92,10 @@ class VQADataset:
         )
         return key, asked
 
+    def length(self, index: int, epoch: int, *, encoder: PromptEncoder) -> int:
+        """Tokens of the packed row of an example."""
+        return row_length(encoder, item=self.example(index, epoch=epoch)[1].item)
+
     def references(self, index: int, *, epoch: int) -> References:
         """The draw that speaks for the user; a side of two or more images keeps one for a query."""
         history, rules = self.users[index].history, self._rules
@@ -134,7 +141,7 @@ class PixelSource:
     def __init__(self, reader: ShardReader, *, users: Sequence[UserRows], mllm: MLLM) -> None:
         self._reader = reader
         self._starts = torch.tensor([user.first_row for user in users])
-        self._processor, self._side = mllm.image_processor, mllm.image_size
+        self._pixels = mllm.pixels
 
     def read(self, rows: list[int]) -> Tensor:
         """(len(rows), 3, H, W); ``rows`` ascending."""
@@ -147,7 +154,7 @@ class PixelSource:
                 assert sample is not None  # on_bad="raise"
                 loaded = {owner: user_images(sample)}
             images.append(loaded[owner][row - int(self._starts[owner])])
-        return make_pixels(images, processor=self._processor, side=self._side)
+        return self._pixels(images)
 
 
 class VQAData(LightningDataModule):
@@ -163,7 +170,7 @@ class VQAData(LightningDataModule):
         splits: dict[str, tuple[Split, ...]] = {
             "fit": ("train", "validation"),
             "validate": ("validation",),
-            "test": ("test",),
+            "test": ("validation", "test"),
         }
         for split in splits.get(stage, ()):
             if split not in self._splits:
@@ -209,6 +216,7 @@ class VQAData(LightningDataModule):
             choose=questions.choose,
             likes=questions.likes,
             dislikes=questions.dislikes,
+            score=questions.score,
             max_listed=questions.max_listed,
         )
         rules = DrawRules(
@@ -230,7 +238,12 @@ class VQAData(LightningDataModule):
 
     def _eval_rules(self) -> DrawRules:
         data, questions = self.config.data, self.config.questions
-        counts = QuestionCounts(like=data.eval_queries, choose=2, max_listed=questions.max_listed)
+        counts = QuestionCounts(
+            like=data.eval_queries,
+            choose=2,
+            score=data.eval_queries if questions.score else 0,
+            max_listed=questions.max_listed,
+        )
         both = (data.eval_references, data.eval_references)
         return DrawRules(
             purpose="eval", num_liked=both, num_disliked=both, empty_side_rate=0.0, counts=counts
@@ -245,8 +258,18 @@ class VQAData(LightningDataModule):
             reader = ShardReader(root, split=split)
             pixels = PixelSource(reader, users=users, mllm=mllm)
         assert self.trainer is not None
+        dataset = VQADataset(users, rules=rules, seed=self.config.seed)
+        budget = None
+        if train and self.config.data.max_batch_tokens:
+            budget = TokenBudget(
+                length=partial(dataset.length, encoder=mllm.encoder),
+                max_tokens=self.config.data.max_batch_tokens,
+                max_samples=self.config.data.batch_size,
+                seed=self.config.seed,
+                key="data.max_batch_tokens",
+            )
         return ResumableLoader(
-            VQADataset(users, rules=rules, seed=self.config.seed),
+            dataset,
             batch_size=self.config.data.batch_size,
             seed=self.config.seed,
             shuffle=train,
@@ -256,6 +279,7 @@ class VQAData(LightningDataModule):
             collate_fn=VQACollate(mllm.encoder, max_length=mllm.max_length, pixels=pixels),
             rank=int(self.trainer.global_rank),
             world_size=int(self.trainer.world_size),
+            budget=budget,
             name=f"users of split {split}",
         )
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefgen.models.lora import add_lora, save_lora
-from prefgen.models.mllm import MLLM
 from prefgen.models.packing import PackedBatch, PackItem
 from prefgen.models.questions import (
     FIRST_SECOND,
+    PLUS_MINUS,
     YES_NO,
     QuestionKind,
     UserRows,
@@ -21,17 +21,23 @@ from prefgen.models.questions import (
     list_question,
     parse_attributes,
 )
+from prefgen.models.scoring import LikeScores, like_accuracy
 from prefgen.schema import Split
 from prefgen.stages.base import StageModule
-from prefgen.stages.features import model_hash, model_source
+from prefgen.stages.features import SplitFeatures, load_mllm, model_hash
 from prefgen.stages.sharding import gathered
 from prefgen.stages.vqa.config import VQAConfig
 from prefgen.stages.vqa.data import VQABatch, VQAData
+from prefgen.stages.vqa.report import like_report, write_like_report
 
 ARTEFACT = "lora"
 ListKind = Literal["likes", "dislikes"]
 LISTS: tuple[ListKind, ...] = get_args(ListKind)
-CHOICES: dict[QuestionKind, tuple[str, str]] = {"like": YES_NO, "choose": FIRST_SECOND}
+CHOICES: dict[QuestionKind, tuple[str, str]] = {
+    "like": YES_NO,
+    "choose": FIRST_SECOND,
+    "score": PLUS_MINUS,
+}
 
 
 class VQAModule(StageModule):
@@ -43,9 +49,7 @@ class VQAModule(StageModule):
         super().__init__(config)
         self.config = config
         model = config.model
-        self.mllm = MLLM.load(
-            model_source(model.mllm), dtype=getattr(torch, model.frozen_dtype), attention=model.attention
-        )
+        self.mllm = load_mllm(model)
         # LoRA's start depends on the seed alone, not on what drew random numbers before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -56,6 +60,8 @@ class VQAModule(StageModule):
                 dropout=model.lora_dropout,
                 targets=model.lora_targets,
             )
+        if model.gradient_checkpointing:
+            self.mllm.checkpoint_layers()
 
     def forward(self, batch: PackedBatch, *, image_features: Tensor) -> Tensor:
         """Last hidden states (B, T, D)."""
@@ -70,6 +76,10 @@ class VQAModule(StageModule):
         per_question = self._question_losses(losses, batch=batch.packed)
         weighed = losses if self.config.questions.loss == "token" else per_question
         loss = weighed.mean()
+        if weight := self.config.questions.contrastive_weight:
+            contrast = self._contrast(batch, hidden=hidden)
+            self.log("train/loss_contrast", contrast.detach(), batch_size=len(batch.user_ids))
+            loss = loss + weight * contrast
         self.log("train/loss", loss.detach(), batch_size=len(batch.user_ids), prog_bar=True)
         for kind, rows in _rows_by_kind(batch).items():
             self.log(f"train/loss_{kind}", per_question[rows].detach().mean(), batch_size=len(rows))
@@ -89,9 +99,10 @@ class VQAModule(StageModule):
             self._check_lists("validation", prefix="val")
 
     def on_test_epoch_end(self) -> None:
-        """The same on test users."""
+        """The same on test users; accuracy by number of references; is the probability of Yes true?"""
         with gathered(self):
             self._check_lists("test", prefix="test")
+            self._study_likes()
 
     def _measure(self, batch: VQABatch, *, split: Split, prefix: str) -> None:
         hidden = self(batch.packed, image_features=self._features(batch, split=split))
@@ -118,6 +129,19 @@ class VQAModule(StageModule):
         zeros = losses.new_zeros(batch.num_questions)
         total = zeros.index_add(0, owners, losses * weights)
         return total / zeros.index_add(0, owners, weights).clamp(min=1e-6)
+
+    def _contrast(self, batch: VQABatch, *, hidden: Tensor) -> Tensor:
+        """-log sigmoid(margin of a liked image - margin of a disliked one) over all pairs of one history.
+
+        The margin is the logit of Yes less that of No. Zero for a batch without such a pair.
+        """
+        rows = _rows_by_kind(batch).get("like", [])
+        logits = self.mllm.choice_logits(batch.packed, hidden=hidden, answers=YES_NO)[rows]
+        margins, owners = logits[:, 0] - logits[:, 1], batch.packed.question_items[rows]
+        liked = batch.correct[rows] == 0
+        pairs = (owners[:, None] == owners[None]) & liked[:, None] & ~liked[None]
+        losses = nn.functional.softplus(margins[None] - margins[:, None])
+        return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
     def _features(self, batch: VQABatch, *, split: Split) -> Tensor:
         if batch.pixels is not None:
@@ -160,6 +184,52 @@ class VQAModule(StageModule):
         )
         item = PackItem(history=pieces, questions=[list_question(kind)])
         return parse_attributes(self.mllm.generate(item, image_features=features, max_new_tokens=64))
+
+    # Like or dislike in depth
+
+    @torch.no_grad()
+    def _study_likes(self) -> None:
+        """Write the report of :mod:`prefgen.stages.vqa.report`.
+
+        Nothing without cached features, nor for a single user: nobody else's history could be shown instead.
+        """
+        test, validation = self._data.split("test"), self._data.split("validation")
+        if not len(test.features) or len(test.users) < 2 or not self.trainer.is_global_zero:
+            return
+        data, seed = self.config.data, self.config.seed
+        most = max(max(len(u.history.liked), len(u.history.disliked)) for u in test.users) - 1
+        counts = sorted({count for count in data.reference_counts if count <= most} | {data.eval_references})
+
+        def ask(split: SplitFeatures, count: int, *, swap: bool = False) -> LikeScores:
+            return like_accuracy(
+                self.mllm,
+                users=split.users,
+                image_features=split.features,
+                num_references=(count, count),
+                num_queries=data.eval_queries,
+                swap_histories=swap,
+                seed=seed,
+                batch_size=data.batch_size,
+            )
+
+        report = like_report(
+            {count: ask(test, count) for count in counts},
+            swapped=ask(test, data.eval_references, swap=True),
+            validation=ask(validation, data.eval_references),
+            users=test.users,
+            num_references=data.eval_references,
+            num_queries=data.eval_queries,
+            seed=seed,
+        )
+        for name, picture in write_like_report(report, folder=self.run_dir).items():
+            for board in self.trainer.loggers:
+                experiment = getattr(board, "experiment", None)
+                if hasattr(experiment, "add_image"):
+                    experiment.add_image(  # type: ignore[union-attr]
+                        f"test/{name}", picture, self.trainer.global_step, dataformats="HWC"
+                    )
+        for name, value in report.figures().items():
+            self.log(f"test/{name}", value, rank_zero_only=True)
 
     # Artefact
 
