@@ -139,7 +139,7 @@ class TargetReader:
 class EncodedTargetReader:
     """As :class:`TargetReader`, beside an encoded set: no picture is read or decoded."""
 
-    def __init__(self, *, embeddings: Path, encoded: EncodedReader, split: Split) -> None:
+    def __init__(self, *, embeddings: Path | RemoteFolder, encoded: EncodedReader, split: Split) -> None:
         """Open the embeddings.
 
         Raises:

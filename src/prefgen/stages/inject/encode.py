@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prefgen.config import resolve_path
 from prefgen.data.buckets import Size, nearest_bucket
 from prefgen.data.encoded import EncodedFolder, EncodedImage, StoredAs
 from prefgen.data.index import ShardIndex, read_index
@@ -16,6 +15,7 @@ from prefgen.data.reader import ShardReader, UserSample, decode_image
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.pixels import to_pixels
 from prefgen.schema import Split
+from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig
 from prefgen.stages.inject.frozen import buckets_of, encoding_header, load_bundle
 
@@ -40,7 +40,7 @@ def encode_shards(
     Raises:
         DataError: a bad image, a prompt too long for the text encoder, or a folder that holds something else.
     """
-    shards = resolve_path(config.data.shards)
+    shards = shard_root(config.data.shards, loader=config.loader)
     source = read_index(shards, kind="histories")
     bundle = load_bundle(config, device=device)
     buckets = buckets_of(config, bundle=bundle)

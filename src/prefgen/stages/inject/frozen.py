@@ -10,11 +10,12 @@ import torch
 from prefgen.config import resolve_path
 from prefgen.data.buckets import Size, make_buckets
 from prefgen.data.embeddings import check_lineage
-from prefgen.data.index import INDEX_NAME, read_index
+from prefgen.data.index import index_hash, read_index
 from prefgen.errors import CheckpointError
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.projector import SemProjector, load_projector
+from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig
 from prefgen.stages.inject.users import EmbeddingFacts
 
@@ -48,7 +49,7 @@ def encoding_header(config: InjectConfig, *, buckets: Sequence[Size]) -> dict[st
         "text_dtype": model.frozen_dtype,
         "vae_dtype": model.vae_dtype,
         "sizes": [list(size) for size in buckets],
-        "shards": hash_file(resolve_path(config.data.shards) / INDEX_NAME),
+        "shards": index_hash(shard_root(config.data.shards, loader=config.loader)),
     }
 
 

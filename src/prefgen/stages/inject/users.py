@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefgen.config import resolve_path
 from prefgen.data.buckets import Size, nearest_bucket
 from prefgen.data.embeddings import EmbeddingReader
 from prefgen.data.encoded import EncodedReader
@@ -59,9 +60,7 @@ class InjectUsers:
         data = config.data
         embeddings = shard_root(data.embeddings, loader=config.loader)
         self.encoded = (
-            None
-            if data.encoded is None
-            else EncodedReader(shard_root(data.encoded, loader=config.loader), split=split)
+            None if data.encoded is None else EncodedReader(resolve_path(data.encoded), split=split)
         )
         self._reader: TargetReader | EncodedTargetReader
         if self.encoded is None:
