@@ -66,6 +66,7 @@ def test_bench_probe_gives_the_same_states_three_ways(work, monkeypatch, capsys)
 @pytest.mark.slow
 def test_layer_study_compares_three_models(work, capsys):
     settings = ["trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true"]
+    settings += ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2"]
     settings += ["data.inter_references=2", "data.intra_references=2", "probe.num_resamples=10"]
     settings += [f"model.mllm={work / 'mllm'}", f"model.lora={work / 'vqa' / 'lora'}", "data.batch_size=16"]
     tool("layer_study").main(["--workdir", str(work), *settings])

@@ -28,7 +28,7 @@ from prefgen.models.mllm_pixels import PixelMaker
 from prefgen.models.packing import PackedBatch, PackItem, pack_batch
 from prefgen.models.prefix_cache import PrefixPlan, run_with_prefix_cache
 from prefgen.models.prompts import PromptEncoder, chat_format
-from prefgen.models.quantization import Quantization, quantization_config
+from prefgen.models.quantization import Quantization, keep_trainable, quantization_config
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Sharing = Literal["mask", "cache"]
@@ -96,6 +96,8 @@ class MLLM:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"no multimodal LLM of family {kind.name} at {path}: {reason}") from error
         model = model.to(device).eval()
+        if quantization != "none":
+            keep_trainable(model)
         return MLLM.assemble(
             model,
             tokenizer=tokenizer,

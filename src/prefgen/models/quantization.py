@@ -38,3 +38,14 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, skipped: Sequ
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(skipped),
     )
+
+
+def keep_trainable(model: Any) -> None:
+    """Keep bitsandbytes 0.50 from repacking weights on a CPU.
+
+    With AVX512-bf16 it turns a layer's weights into a form for inference only, in place, as soon as the layer
+    is in evaluation mode and its input needs no gradient: that is the case of a frozen model under LoRA.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -35,6 +35,17 @@ def test_three_and_three_steps_are_six(make_config, tmp_path, num_workers):
     assert len(set(report.straight_batches)) == 6
 
 
+def test_batches_by_tokens_resume_exactly_too(make_config, tmp_path):
+    """Four steps are more than one epoch of 16 users under this budget, so epochs differ in length."""
+    report = assert_resume_is_exact(
+        make_config("data.max_batch_tokens=900", "data.batch_size=8"),
+        make_module=VQAModule,
+        make_data=VQAData,
+        tmp_path=tmp_path,
+    )
+    assert len(set(report.straight_batches)) == 6
+
+
 @pytest.fixture(scope="module")
 def noted(inputs, tmp_path_factory):
     """A run with every output, shared by the tests that only look at it."""
