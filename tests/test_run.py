@@ -18,7 +18,7 @@ from prefgen.errors import CheckpointError, ConfigError, PrefgenError, StoppedBy
 from prefgen.run import check_device, fit, load_weights, use
 from prefgen.run_folder import check_same_run
 from prefgen.run_noise import quiet_lightning, user_errors
-from prefgen.testing.resume import assert_resume_is_exact
+from prefgen.testing.resume import assert_resume_is_exact, assert_same
 from toy_config import ToyConfig
 from toy_stage import ToyData, ToyModule
 
@@ -307,6 +307,21 @@ def test_half_precision_needs_a_gpu(tmp_path):
 def test_the_same_seed_gives_the_same_run(tmp_path):
     results = [train(toy(tmp_path / name)).metrics for name in "ab"]
     assert results[0] == results[1]
+
+
+def test_sharding_over_one_rank_is_the_plain_run(tmp_path):
+    """All of fsdp2's way (cutting up, gathering, saving, going on, exporting) but the second process."""
+    plain = train(toy(tmp_path / "plain", "optim.ema_decay=0.5"))
+    sharded = ("optim.ema_decay=0.5", "trainer.strategy=fsdp2", "trainer.max_steps=3")
+    try:
+        train(toy(tmp_path / "sharded", *sharded))
+        again = train(toy(tmp_path / "sharded", *sharded[:2], "trainer.max_steps=6"))
+    finally:
+        torch.distributed.destroy_process_group()
+    one, other = (torch.load(r.places["checkpoint"], weights_only=True) for r in (plain, again))
+    for part in ("state_dict", "callbacks"):
+        assert_same(one[part], other[part], where=part)
+    assert plain.places["artefact"].read_text() == again.places["artefact"].read_text()
 
 
 SCRIPT = """

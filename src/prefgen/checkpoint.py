@@ -86,6 +86,17 @@ def check_trained(state_dict: dict[str, Tensor], *, module: nn.Module, where: st
             )
 
 
+@torch.no_grad()
+def put_trained(state_dict: dict[str, Tensor], *, module: nn.Module) -> None:
+    """Copy a state dict that :func:`check_trained` has let pass into the module.
+
+    Not ``load_state_dict``, whose hooks would look for the parts of parameters that fsdp2 had cut up before.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, value in state_dict.items():
+        own[name].copy_(value)
+
+
 def read_checkpoint(path: Path, *, stage: str) -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from prefgen.callbacks import BEST_NAME, AtomicCheckpointIO, RunCheckpoint, StepSeed, TrainedEMA
-from prefgen.checkpoint import check_trained, list_checkpoints, newest_usable, read_checkpoint
+from prefgen.checkpoint import check_trained, list_checkpoints, newest_usable, put_trained, read_checkpoint
 from prefgen.config import StageConfig, to_yaml
 from prefgen.errors import CheckpointError, ConfigError, PrefgenError, StoppedBySignalError
 from prefgen.guards import StepGuard, as_user_error
@@ -238,7 +238,7 @@ def load_weights(config: StageConfig, *, module: StageModule) -> Path:
             f"no checkpoint in {folder}; "
             f"run 'prefgen fit --stage {module.stage} run_dir={config.run_dir}' first"
         )
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    put_trained(checkpoint["state_dict"], module=module)
     ema_state = checkpoint["callbacks"].get(TrainedEMA.__qualname__)
     if ema_state is not None:
         ema = TrainedEMA(decay=0.0)

@@ -17,7 +17,7 @@ from prefgen.config import LoaderConfig, StageConfig, is_address, resolve_path, 
 from prefgen.data.parts import WHOLE, Part
 from prefgen.data.remote import RemoteFolder
 from prefgen.errors import ConfigError
-from prefgen.stages.sharding import is_sharded, repeated_blocks, shard
+from prefgen.stages.sharding import drop_gathered, is_sharded, repeated_blocks, shard
 
 
 class StageModule(LightningModule):
@@ -54,6 +54,16 @@ class StageModule(LightningModule):
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not is_sharded(self):
             shard(self, mesh=mesh["data_parallel"], blocks=repeated_blocks(self))
+
+    def on_validation_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Between steps parameters lie in parts, where they do."""
+        del outputs, batch, batch_idx
+        drop_gathered(self)
+
+    def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Likewise."""
+        del outputs, batch, batch_idx
+        drop_gathered(self)
 
     def mean_share(self, count: int) -> float:
         """Factor on a mean over ``count`` things here that makes the ranks' average the mean over all.

@@ -25,8 +25,9 @@ def shard(module: nn.Module, *, mesh: DeviceMesh, blocks: Iterable[nn.Module] = 
     """
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # Resharded after each step, so that between steps there is one form of every parameter.
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # Not dropped after forward: steps go on with parameters behind it. StageModule drops them where no
+    # backward does, so that between steps there is one form of every parameter.
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
     for name in STEPS:
         register_fsdp_forward_method(module, name)
 
@@ -43,6 +44,12 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether :func:`shard` was here."""
     return isinstance(module, FSDPModule)
+
+
+def drop_gathered(module: nn.Module) -> None:
+    """Go back to parts after a step without backward."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 @contextmanager
