@@ -33,12 +33,14 @@ def shard(module: nn.Module, *, mesh: DeviceMesh, blocks: Iterable[nn.Module] = 
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Layers of transformers models and blocks of diffusers models: what is worth sharding one by one.
+    """Layers of transformers models: what is worth sharding one by one.
 
-    They are used through their ``forward`` alone. User keys and values, which are not, lie outside of them.
+    They are used through their ``forward`` alone. Not the blocks of a UNet: with user keys and values coming
+    from outside of them, gradients came out 2 % off where each was sharded by itself (torch 2.13).
     """
-    names = ("DecoderLayer", "EncoderLayer", "DownBlock2D", "UpBlock2D", "MidBlock2DCrossAttn", "MidBlock2D")
-    return [part for part in model.modules() if type(part).__name__.endswith(names)]
+    return [
+        part for part in model.modules() if type(part).__name__.endswith(("DecoderLayer", "EncoderLayer"))
+    ]
 
 
 def is_sharded(module: nn.Module) -> bool:
