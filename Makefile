@@ -40,7 +40,7 @@ parity: $(STAMP)  ## every metric beside a published implementation: the largest
 	$(BIN)/python tools/metric_parity.py
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 check: lint type test  ## everything that must pass before a change goes in
 

@@ -25,6 +25,7 @@ FOUNDATION = {
     "diffusers pipeline": "asset:mini/pipeline/model_index.json",
     "CLIP": "asset:mini/pipeline/clip_projection.safetensors",
     "multi-image language model": "asset:mini/mllm/config.json",
+    "judge": "asset:mini/judge.safetensors",
 }
 
 
@@ -109,10 +110,11 @@ def _foundation() -> list[str]:
     missing = []
     for name, marker in FOUNDATION.items():
         path = resolve_path(marker)
+        place = path.parent if path.suffix == ".json" else path
         if path.is_file():
-            print(f"  {name}: {path.parent} ({_megabytes(path.parent):.1f} MB){_class_of(path)}")
+            print(f"  {name}: {place} ({_megabytes(place):.1f} MB){_class_of(path)}")
         else:
-            print(f"  {name}: MISSING at {path.parent}; to mend: make foundation (hours)")
+            print(f"  {name}: MISSING at {place}; to mend: make foundation (hours)")
             missing.append(f"mini {name}")
     presets = configs_folder()
     if not presets.is_dir():
@@ -122,11 +124,14 @@ def _foundation() -> list[str]:
     return missing
 
 
-def _megabytes(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+def _megabytes(place: Path) -> float:
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
 
 
 def _class_of(path: Path) -> str:
+    if path.suffix != ".json":
+        return ""
     content = json.loads(path.read_text(encoding="utf-8"))
     name = content.get("_class_name") or (content.get("architectures") or [None])[0]
     return f", {name}" if name else ""
