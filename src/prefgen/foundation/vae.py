@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
@@ -44,7 +45,8 @@ def pixels(images: npt.NDArray[np.uint8]) -> Tensor:
 def reconstruct(vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, batch_size: int = 64) -> Tensor:
     """Round trip through the mean latent; float (N, 3, H, W) in [-1, 1]."""
     parts = []
-    for start in range(0, len(images), batch_size):
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, unit="batch", desc="restoring", delay=5):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixels(images[start : start + batch_size])).latent_dist.mode()
             parts.append(vae.decode(latents).sample.float().clamp(-1, 1))
