@@ -15,7 +15,7 @@ from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan
 from prefgen.foundation.vae import pixels, reconstruct
 
-PLAN = LoopPlan(batch_size=96, steps=3000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
+PLAN = LoopPlan(batch_size=96, steps=10_000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
 
 
 def train_judge(
