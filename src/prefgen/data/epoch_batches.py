@@ -136,49 +136,46 @@ class EpochBatches:
 
     def count(self, *, epoch: int) -> int:
         """Batches of an epoch: the same in all, except under a budget."""
-        if self._budget is not None:
-            batches = len(self._cut(epoch=epoch))
-            return batches if self._limit is None else min(batches, self._limit)
-        full, rest = divmod(self._share_size(), self._size)
-        batches = full if self._drop_last else full + bool(rest)
-        if self._num_groups > 1:
-            # The same in every epoch: those that fill for certain, or, in evaluation, all of them.
-            batches = (
-                full_batches(self._share_size(), num_groups=self._num_groups, batch_size=self._size)
-                if self._drop_last
-                else len(self._grouped(epoch=0))
-            )
+        if self._budget is None and (self._num_groups == 1 or self._drop_last):
+            batches = self._even_count()
+        else:
+            batches = len(self._uneven(epoch=epoch))
         return batches if self._limit is None else min(batches, self._limit)
+
+    def _even_count(self) -> int:
+        if self._num_groups > 1:  # those that fill for certain, so that all epochs have as many
+            return full_batches(self._share_size(), num_groups=self._num_groups, batch_size=self._size)
+        full, rest = divmod(self._share_size(), self._size)
+        return full if self._drop_last else full + bool(rest)
 
     def of(self, epoch: int, *, start: int) -> list[list[int]]:
         """Positions of the samples of each batch of an epoch, from batch ``start`` on."""
         end = self.count(epoch=epoch)
-        if self._budget is not None:
-            return self._cut(epoch=epoch)[start:end]
-        if self._num_groups > 1:
-            return self._grouped(epoch=epoch)[start:end]
+        if self._budget is not None or self._num_groups > 1:
+            return self._uneven(epoch=epoch)[start:end]
         mine = self._order(epoch=epoch)[start * self._size : end * self._size].tolist()
         return [mine[i : i + self._size] for i in range(0, len(mine), self._size)]
 
-    def _grouped(self, *, epoch: int) -> list[list[int]]:
+    def _uneven(self, *, epoch: int) -> list[list[int]]:
+        """All batches of an epoch where their number cannot be told without cutting; the last one is kept."""
         if self._kept is None or self._kept[0] != epoch:
-            batches = group_batches(
-                self._order(epoch=epoch),
-                groups=cast(GroupedDataset, self._dataset).groups(epoch=epoch),
-                batch_size=self._size,
-                keep_rest=not self._drop_last,
-            )
-            self._kept = (epoch, batches)
+            self._kept = (epoch, self._by_groups(epoch) if self._budget is None else self._by_tokens(epoch))
         return self._kept[1]
 
-    def _cut(self, *, epoch: int) -> list[list[int]]:
+    def _by_groups(self, epoch: int) -> list[list[int]]:
+        return group_batches(
+            self._order(epoch=epoch),
+            groups=cast(GroupedDataset, self._dataset).groups(epoch=epoch),
+            batch_size=self._size,
+            keep_rest=not self._drop_last,
+        )
+
+    def _by_tokens(self, epoch: int) -> list[list[int]]:
         assert self._budget is not None
-        if self._kept is None or self._kept[0] != epoch:
-            ranks = range(self._world_size)
-            cut = [self._budget(self._order(epoch=epoch, rank=rank).tolist(), epoch=epoch) for rank in ranks]
-            # ranks step together: what one has more than another waits for another epoch
-            self._kept = (epoch, cut[self._rank][: min(len(part) for part in cut)])
-        return self._kept[1]
+        ranks = range(self._world_size)
+        cut = [self._budget(self._order(epoch=epoch, rank=rank).tolist(), epoch=epoch) for rank in ranks]
+        # ranks step together: what one has more than another waits for another epoch
+        return cut[self._rank][: min(len(part) for part in cut)]
 
     def _share_size(self) -> int:
         share = rank_share(
