@@ -5,6 +5,17 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 
+def load(pipe, path):
+    """Put an adapter's file into a stock pipeline; tiny models have no image encoder to go with it."""
+    pipe.load_ip_adapter(
+        str(path.parent),
+        subfolder="",
+        weight_name=path.name,
+        image_encoder_folder=None,
+        low_cpu_mem_usage=False,
+    )
+
+
 def make(pipeline, out, *, image_width, prompts, seeds, steps, guidance_scale, scale, seed=0):
     """Write random weights in the published layout to ``out``; return embeds and the pictures they draw.
 
@@ -31,13 +42,7 @@ def make(pipeline, out, *, image_width, prompts, seeds, steps, guidance_scale, s
             tensors[f"ip_adapter.{number}.to_k_ip.weight"] = draw(out_width, width)
             tensors[f"ip_adapter.{number}.to_v_ip.weight"] = draw(out_width, width)
     save_file(tensors, out)
-    pipe.load_ip_adapter(
-        str(out.parent),
-        subfolder="",
-        weight_name=out.name,
-        image_encoder_folder=None,
-        low_cpu_mem_usage=False,
-    )
+    load(pipe, out)
     pipe.set_ip_adapter_scale(scale)
     embeds = torch.cat([torch.zeros(1, 1, image_width), draw(1, 1, image_width) / 0.3])
     pictures = pipe(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import stock_ip_adapter
 from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, ConfigError, DataError
 from prefgen.exporting import export_for_diffusers
@@ -120,13 +121,7 @@ def test_each_kind_of_pipeline_draws_what_the_exported_adapter_draws(
     assert all(after[key] is processor for key, processor in processors.items())
     assert torch.equal(draw(pipes[0]), base), "removed"
     adapter, _ = exported
-    pipes[1].load_ip_adapter(
-        str(adapter.parent),
-        subfolder="",
-        weight_name=adapter.name,
-        image_encoder_folder=None,
-        low_cpu_mem_usage=False,
-    )
+    stock_ip_adapter.load(pipes[1], adapter)
     pipes[1].set_ip_adapter_scale(0.8)
     fusion = stock.side.adapter.fusion
     embeds = torch.cat([fusion.null_rows(1), fusion.rows(stock.side.parts(profiles[0], count=1))])
@@ -192,12 +187,6 @@ def test_mistakes_are_refused_with_words(folder, artefacts, profiles, exported):
         stock("a fox", profiles=replace(profiles[0], lineage={"mllm": "f" * 64}), **HOW)
     stock.remove()
     adapter, _ = exported
-    pipe.load_ip_adapter(
-        str(adapter.parent),
-        subfolder="",
-        weight_name=adapter.name,
-        image_encoder_folder=None,
-        low_cpu_mem_usage=False,
-    )
+    stock_ip_adapter.load(pipe, adapter)
     with pytest.raises(ConfigError, match="unload other adapters"):
         StockPipeline.wrap(pipe, artefacts=artefacts)

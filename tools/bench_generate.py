@@ -30,7 +30,6 @@ from prefgen.config import resolve_path
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import FusionShape, PartName
 from prefgen.models.ip_adapter import export_ip_adapter
-from prefgen.models.noise import NoiseSchedule
 from prefgen.models.sampling import SampleUsers, sample
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 
@@ -39,19 +38,6 @@ LIMIT = 1.10
 
 WIDTHS = (64, 256, 64)
 """Of the parts: they touch one small product per image, so their size hardly matters."""
-
-
-PARTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "scheduler",
-    "image_encoder",
-    "feature_extractor",
-    "text_encoder_2",
-    "tokenizer_2",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +68,11 @@ class Bench:
 
     def __init__(self, folder: Path, *, scratch: Path, size: int | None, device: str) -> None:
         self.stock, self.with_adapter = (self._load(folder, device=device) for _ in range(2))
-        self.bundle = bundle_of(self.stock, size=None if size is None else (size, size))
+        self.bundle = DiffusionBundle.of(
+            self.stock.components,
+            zero_empty_text=bool(self.stock.config.get("force_zeros_for_empty_prompt", False)),
+            size=None if size is None else (size, size),
+        )
         shape = FusionShape(
             parts=("aligned", "core", "image"), widths=WIDTHS, cross_width=self.bundle.cross_width
         )
@@ -142,15 +132,6 @@ class Bench:
                 prompts, ip_adapter_image_embeds=[embeds], **stock_how
             ),
         }
-
-
-def bundle_of(pipe: Any, *, size: tuple[int, int] | None) -> DiffusionBundle:
-    """The parts of a loaded pipeline as our loop takes them."""
-    parts = {name: pipe.components.get(name) for name in PARTS}
-    empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
-    return DiffusionBundle(
-        **parts, schedule=NoiseSchedule.of(pipe.scheduler), zero_empty_text=empty, size=size
-    )
 
 
 def time_ways(ways: dict[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:

@@ -55,13 +55,7 @@ def stock_pictures(pipeline, path, *, embeds, scale, noise):
 
     stock = DiffusionPipeline.from_pretrained(pipeline, low_cpu_mem_usage=False)
     stock.set_progress_bar_config(disable=True)
-    stock.load_ip_adapter(
-        str(path.parent),
-        subfolder="",
-        weight_name=path.name,
-        image_encoder_folder=None,
-        low_cpu_mem_usage=False,
-    )
+    stock_ip_adapter.load(stock, path)
     stock.set_ip_adapter_scale(scale)
     pictures = stock(
         PROMPTS,

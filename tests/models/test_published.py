@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import stock_ip_adapter
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import FusionShape
 from prefgen.models.ip_adapter import export_ip_adapter, ip_adapter_tensors
@@ -50,7 +51,7 @@ def test_sd15_in_real_size_draws_the_same_from_the_export(tmp_path):
     stock = random_sd15()
     stock.set_progress_bar_config(disable=True)
     path = tmp_path / "pipeline"
-    bundle = bundle_of(stock, size=(64, 64))
+    bundle = DiffusionBundle.of(stock.components, zero_empty_text=False, size=(64, 64))
     shape = FusionShape(parts=("aligned", "core", "image"), widths=(768, 64, 1024), cross_width=768)
     torch.manual_seed(0)
     adapter = UserAdapter(stock.unet, shape=shape)
@@ -64,13 +65,7 @@ def test_sd15_in_real_size_draws_the_same_from_the_export(tmp_path):
     save_user_adapter(adapter, path=tmp_path / "user_adapter.safetensors", lineage={})
     path = tmp_path / "ip_adapter.safetensors"
     export_ip_adapter(tmp_path / "user_adapter.safetensors", path=path, projector=None)
-    stock.load_ip_adapter(
-        str(tmp_path),
-        subfolder="",
-        weight_name=path.name,
-        image_encoder_folder=None,
-        low_cpu_mem_usage=False,
-    )
+    stock_ip_adapter.load(stock, path)
     stock.set_ip_adapter_scale(0.8)
     fusion = adapter.fusion
     theirs = stock(
@@ -87,21 +82,3 @@ def test_sd15_in_real_size_draws_the_same_from_the_export(tmp_path):
     print(f"largest pixel difference {difference:g}, user against base {float((ours - base).abs().max()):g}")
     assert not torch.equal(ours, base)
     assert difference == 0.0
-
-
-def bundle_of(pipe, *, size):
-    from prefgen.models.noise import NoiseSchedule
-
-    return DiffusionBundle(
-        unet=pipe.unet,
-        vae=pipe.vae,
-        text_encoder=pipe.text_encoder,
-        tokenizer=pipe.tokenizer,
-        scheduler=pipe.scheduler,
-        image_encoder=None,
-        feature_extractor=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        schedule=NoiseSchedule.of(pipe.scheduler),
-        size=size,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from prefgen.models.text import draw_list
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 
-_COMPONENTS = (
+COMPONENTS = (
     "unet",
     "vae",
     "text_encoder",
@@ -33,6 +33,7 @@ _COMPONENTS = (
     "text_encoder_2",
     "tokenizer_2",
 )
+"""Names under which a diffusers pipeline keeps what a bundle takes from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +136,35 @@ class DiffusionBundle:
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if parts.get(name) is None:
                 raise DataError(f"{path}: the pipeline has no {name}; prefgen needs a UNet text-to-image one")
-        kept = {name: parts.get(name) for name in _COMPONENTS}
+        kept = {name: parts.get(name) for name in COMPONENTS}
         for module in kept.values():
             if isinstance(module, torch.nn.Module):
                 module.to(device=device).requires_grad_(False).eval()
         if memory_format == "channels_last":
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
-        bundle = DiffusionBundle(
-            schedule=NoiseSchedule.of(kept["scheduler"]),
-            zero_empty_text=parts["zero_empty_text"],
-            size=size,
-            **kept,
-        )
+        bundle = DiffusionBundle.of(kept, zero_empty_text=parts["zero_empty_text"], size=size)
         if size is not None and any(side < 1 or side % bundle.size_step for side in size):
             raise DataError(f"image size {size}: this pipeline takes multiples of {bundle.size_step} pixels")
         return bundle
+
+    @staticmethod
+    def of(
+        components: Mapping[str, Any], *, zero_empty_text: bool, size: tuple[int, int] | None = None
+    ) -> DiffusionBundle:
+        """The parts of a pipeline that is loaded already, as they are.
+
+        Args:
+            components: by their names in diffusers; others than :data:`COMPONENTS` are passed over.
+            zero_empty_text: see the attribute.
+            size: see the attribute.
+        """
+        return DiffusionBundle(
+            schedule=NoiseSchedule.of(components["scheduler"]),
+            zero_empty_text=zero_empty_text,
+            size=size,
+            **{name: components.get(name) for name in COMPONENTS},
+        )
 
     @property
     def device(self) -> torch.device:
