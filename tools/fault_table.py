@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from prefgen.testing.faults import (
     train,
 )
 from prefgen.testing.study import save_tiny_workdir
+from prefgen.testing.verdict_table import VerdictTable
 
 STEPS, EVERY = 60, 6
 
@@ -403,28 +403,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="markdown file for the table")
     args = parser.parse_args()
-    lines = ["| # | group | fault | outcome | what was said or found |", "|---|---|---|---|---|"]
-    counts: Counter[str] = Counter()
+    table = VerdictTable(kind="group", case="fault", words="what was said or found")
+    print(table.head)
     with tempfile.TemporaryDirectory(prefix="prefgen-faults-") as name:
         folder = Path(name)
         workdir = save_tiny_workdir(folder / "work", num_users=48)
         scene = Scene(folder=folder, workdir=workdir, chance=random.Random(args.seed), scale=args.scale)
-        print("\n".join(lines))
         for group in args.only:
             for outcome in GROUPS[group](scene):
-                counts[outcome.verdict] += 1
-                words = outcome.words.replace(name, "..").replace("|", "/")[:220]
-                fault = outcome.fault.replace(name, "..")
-                lines.append(f"| {counts.total()} | {outcome.kind} | {fault} | {outcome.verdict} | {words} |")
-                print(lines[-1], flush=True)
-    lines.append(
-        f"\n{counts.total()} faults: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-    )
-    print(lines[-1])
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return 1 if counts["BAD"] else 0
+                line = table.add(
+                    kind=outcome.kind,
+                    case=outcome.fault.replace(name, ".."),
+                    verdict=outcome.verdict,
+                    words=outcome.words.replace(name, "..").replace("|", "/")[:220],
+                )
+                print(line, flush=True)
+    print(table.close("faults", out=args.out))
+    return 1 if table.counts["BAD"] else 0
 
 
 if __name__ == "__main__":

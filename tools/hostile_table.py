@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from pathlib import Path
 
 import prefgen.commands.data
@@ -29,6 +28,7 @@ from prefgen.cli import main as prefgen_main
 from prefgen.errors import PrefgenError
 from prefgen.testing.hostile import all_inputs
 from prefgen.testing.hostile_case import MARK, Hostile
+from prefgen.testing.verdict_table import VerdictTable
 
 
 def attempt(case: Hostile, *, folder: Path, limit: float) -> tuple[str, str]:
@@ -94,27 +94,18 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only every so many inputs, for a try (1)")
     parser.add_argument("--out", type=Path, help="markdown file for the table")
     args = parser.parse_args()
-    rows = ["| # | where | input | outcome | the line |", "|---|---|---|---|---|"]
-    print("\n".join(rows))
-    counts: Counter[str] = Counter()
+    table = VerdictTable(kind="where", case="input", words="the line")
+    print(table.head)
     with tempfile.TemporaryDirectory(prefix="prefgen-hostile-") as name:
         for number, case in enumerate(list(all_inputs())[:: args.every], start=1):
             verdict, line = attempt(case, folder=Path(name) / f"{number:03d}", limit=args.limit)
-            counts[verdict] += 1
             shown = (
                 line.removeprefix("prefgen: error: ").replace(f"{name}/{number:03d}", "..").replace("|", "/")
             )
             words = "".join(c if c.isprintable() else "?" for c in case.name[:60]).replace("|", "/")
-            rows.append(f"| {number} | {case.kind} | {words} | {verdict} | {shown[:200]} |")
-            print(rows[-1], flush=True)
-    rows.append(
-        f"\n{counts.total()} inputs: " + ", ".join(f"{count} {name}" for name, count in counts.items())
-    )
-    print(rows[-1])
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return 1 if counts.total() - counts["refused"] else 0
+            print(table.add(kind=case.kind, case=words, verdict=verdict, words=shown[:200]), flush=True)
+    print(table.close("inputs", out=args.out))
+    return 1 if table.counts.total() - table.counts["refused"] else 0
 
 
 if __name__ == "__main__":
