@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefgen.config_sections import require
+from prefgen.config_sections import FrozenDtype, require
 
 
 @dataclass
@@ -21,8 +21,9 @@ class MLLMConfig:
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "eager"
     """Attention code; eager is the fastest on a CPU, sdpa on a GPU. The flash ones need their package and
     bf16; packed questions then share cached keys and values instead of a mask."""
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights."""
+    frozen_dtype: FrozenDtype = "float32"
+    """Number format of the frozen weights; auto is bfloat16 where the device multiplies it in hardware, else
+    float32."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 holds the language model's linear layers in 4 bits (QLoRA; needs prefgen[qlora]), all else in
     model.frozen_dtype."""

@@ -12,7 +12,10 @@ from omegaconf import MISSING
 
 from prefgen.errors import ConfigError
 
-Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed", "auto"]
+
+FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""auto is bfloat16 where the device multiplies it in hardware, else float32."""
 
 
 def given(*values: object) -> bool:
@@ -57,8 +60,9 @@ class TrainerConfig:
     """DeepSpeed's own json file, for trainer.strategy=deepspeed; null takes its stage 2."""
     timeout_minutes: int = 30
     """Minutes a rank waits for the others before it ends with an error."""
-    precision: Precision = "bf16-mixed"
-    """Arithmetic; 16-mixed needs a GPU."""
+    precision: Precision = "auto"
+    """Arithmetic; auto is bf16-mixed where the device multiplies bf16 in hardware, else 32-true; 16-mixed
+    needs a GPU."""
     max_steps: int = 1000
     """Optimizer steps in all; -1 leaves the end to trainer.max_epochs."""
     max_epochs: int = -1

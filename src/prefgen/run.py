@@ -26,6 +26,7 @@ from prefgen.checkpoint import check_trained, list_checkpoints, newest_usable, p
 from prefgen.config import StageConfig, to_yaml
 from prefgen.errors import CheckpointError, ConfigError, PrefgenError, StoppedBySignalError
 from prefgen.guards import StepGuard, as_user_error
+from prefgen.precision import settle_precision
 from prefgen.predicting import predict
 from prefgen.progress import ClockBar, ProgressLines
 from prefgen.requeue import REQUEUE_SIGNAL, requeue, stopping_before_training, under_slurm
@@ -72,6 +73,7 @@ def run_stage(config: StageConfig, *, verb: Verb, stage: str) -> RunResult:
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
     check_device(config)
+    config = settle_precision(config)
     module_type, data_type = load_class(STAGES[stage].module), load_class(STAGES[stage].data)
     with quiet_lightning(), user_errors():
         try:

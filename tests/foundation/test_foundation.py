@@ -130,11 +130,13 @@ def test_caption_items_ask_for_the_pictures_own_words(pictures):
     assert len(answers) == 5
 
 
-def test_the_loop_goes_on_where_it_was_killed(tmp_path):
+@pytest.mark.parametrize("by_muon", [False, True])
+def test_the_loop_goes_on_where_it_was_killed(tmp_path, by_muon):
     def run(folder, *, kill_at=None):
         torch.manual_seed(0)
         module = torch.nn.Linear(3, 1)
-        loop = Loop(module, plan=replace(SHORT, steps=6, ema=0.9), folder=folder)
+        matrices = [module.weight] if by_muon else []
+        loop = Loop(module, plan=replace(SHORT, steps=6, ema=0.9), folder=folder, matrices=matrices)
 
         def loss(step, rng, generator):
             if step == kill_at:

@@ -68,10 +68,12 @@ def _version(distribution: str) -> str | None:
 def _device_and_precision() -> None:
     import torch
 
+    from prefgen.precision import has_bf16_products
+
     print(f"CPU: {torch.get_num_threads()} threads of torch")
     gain = bf16_gain()
-    words = "fast: bf16-mixed is worth it" if gain > 1.2 else "no gain: trainer.precision=32-true is as fast"
-    print(f"  bf16 matrix products run {gain:.1f} times as fast as float32 ({words})")
+    chosen = "bf16-mixed" if has_bf16_products() else "32-true"
+    print(f"  bf16 matrix products run {gain:.2f} times as fast as float32; trainer.precision=auto is {chosen}")
     if not torch.cuda.is_available():
         print("GPU: none that torch sees; trainer.accelerator=auto trains on the CPU, 16-mixed is refused")
         return

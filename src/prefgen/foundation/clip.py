@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.tower import encode_all, train_tower
 from prefgen.foundation.vae import pixels
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
@@ -118,7 +118,7 @@ def train_clip(
     def compare(shown: Tensor, texts: list[str]) -> Tensor:
         """Logits of every picture against every text."""
         ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(), sdpa_kernel(SDPBackend.MATH):
             text = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
             image = clip.visual_projection(shown)
         text = nn.functional.normalize(text.float(), dim=-1)

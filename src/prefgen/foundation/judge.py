@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prefgen.evaluate.judges import Judge
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels, reconstruct
 
 PLAN = LoopPlan(batch_size=96, steps=10_000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
@@ -53,7 +53,7 @@ def train_judge(
         half = plan.batch_size // 2
         images = np.concatenate([data.images[np.sort(rows[:half])], restored[np.sort(rows[half:])]])
         rows = np.concatenate([np.sort(rows[:half]), np.sort(rows[half:])])
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             heads, named = judge(_roughened(pixels(images), rng))
         parts = [
             nn.functional.cross_entropy(heads[name].float(), torch.from_numpy(targets[rows, g]))

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.errors import CheckpointError
+from prefgen.foundation.muon import Muon
+from prefgen.precision import has_bf16_products
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +57,34 @@ class LoopPlan:
     seed: int = 0
 
 
-class Loop:
-    """Train ``module`` by ``loss``; keeps checkpoints and a history of reports in ``folder``."""
+def quick() -> torch.autocast:
+    """bf16 products where this CPU has instructions for them, float32 elsewhere.
 
-    def __init__(self, module: nn.Module, *, plan: LoopPlan, folder: Path) -> None:
+    Without them torch emulates bf16: on a CPU with AVX2 alone a UNet's step took 32 s in place of 1.4.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_products())
+
+
+class Loop:
+    """Train ``module`` by ``loss``; keeps checkpoints and a history of reports in ``folder``.
+
+    ``matrices`` are trained by Muon, all other parameters by AdamW.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, plan: LoopPlan, folder: Path, matrices: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.module = module
         self.plan = plan
         self.folder = folder
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.98)
-        )
+        by_muon = {id(parameter) for parameter in matrices}
+        rest = [p for p in self.parameters if id(p) not in by_muon]
+        rate, decay = plan.learning_rate, plan.weight_decay
+        adamw = torch.optim.AdamW(rest, lr=rate, weight_decay=decay, betas=(0.9, 0.98))
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            self.optimizers.append(Muon(matrices, lr=rate, weight_decay=decay))
         self.average = [p.detach().clone() for p in self.parameters] if plan.ema else None
         self.step = 0
         self.seconds = 0.0
@@ -123,13 +142,15 @@ class Loop:
         rng = np.random.default_rng([self.plan.seed, self.step])
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
         rate = self.plan.learning_rate * self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         losses = loss(self.step, rng, generator)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.average is not None and self.plan.ema is not None:
             # A short-sighted average at first: the random start would otherwise stay in it for long.
             decay = min(self.plan.ema, (1 + self.step) / (10 + self.step))
@@ -170,7 +191,7 @@ class Loop:
             "history": self.history,
             "parameters": [p.data for p in self.parameters],
             "buffers": dict(self.module.named_buffers()),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
         }
         partial = self.checkpoint.with_suffix(".partial")
@@ -192,6 +213,7 @@ class Loop:
         if self.average is not None:
             self.average = state["average"]
         self.module.load_state_dict(state["buffers"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         log.info("going on from step %d of %s", self.step, self.checkpoint)

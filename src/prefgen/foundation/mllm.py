@@ -26,7 +26,7 @@ from prefgen.foundation.episodes import (
     caption_item,
     draw_episode,
 )
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.tower import encode_all, train_tower
 from prefgen.models.mllm import MLLM
 from prefgen.models.mllm_build import MLLMSpec, build_mllm, train_tokenizer
@@ -126,7 +126,7 @@ def naming_accuracy(mllm: MLLM, data: CaptionedImages, *, count: int) -> float:
     items = [caption_item(data, row, feature=row, rng=rng) for row in range(count)]
     items = [replace(item, questions=item.questions[2:]) for item in items]
     batch = pack_batch(mllm.encoder, items=items)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), quick():
         features = mllm.encode_images(np.array(data.images[:count]))
         hidden = mllm.hidden(batch, image_features=features)
         right = mllm.logits_at(hidden, batch.predictors).argmax(dim=-1) == batch.targets
@@ -221,7 +221,7 @@ class GroupingSchool:
             items = [episode.item for episode in episodes]
             items += [caption_item(self.data, int(row), feature=int(row), rng=rng) for row in rows]
             batch = pack_batch(mllm.encoder, items=items)
-            with torch.autocast("cpu", torch.bfloat16):
+            with quick():
                 hidden = mllm.hidden(batch, image_features=self._features)
                 each = mllm.token_losses(batch, hidden=hidden)
                 side = side_loss(mllm, batch, hidden=hidden, episodes=episodes)
@@ -274,7 +274,7 @@ def grouping_accuracy(mllm: MLLM, episodes: Sequence[Episode], *, features: Tens
             part = own[start : start + 32]
             items = [_without_answers(episode) for episode in part]
             batch = pack_batch(mllm.encoder, items=items)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), quick():
                 hidden = mllm.hidden(batch, image_features=features)
                 chosen = mllm.choice_logits(batch, hidden=hidden, answers=wording[3]).argmax(dim=-1)
             correct = torch.tensor([side for episode in part for side in episode.correct])

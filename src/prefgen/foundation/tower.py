@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 
 Encode = Callable[[npt.NDArray[np.uint8]], Tensor]
 """uint8 pictures (B, H, W, 3) -> features (B, D)."""
@@ -58,7 +58,7 @@ def train_tower(
 
     def read(images: npt.NDArray[np.uint8]) -> Tensor:
         # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(), sdpa_kernel(SDPBackend.MATH):
             logits: Tensor = reader(encode(images))
         return logits
 
@@ -83,6 +83,6 @@ def encode_all(images: npt.NDArray[np.uint8], *, encode: Encode, title: str) -> 
     """Features of all pictures by a frozen tower, bfloat16."""
     chunks = []
     for start in tqdm(range(0, len(images), 512), unit="batch", desc=f"encoding {title}"):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), quick():
             chunks.append(encode(np.array(images[start : start + 512])).bfloat16())
     return torch.cat(chunks)

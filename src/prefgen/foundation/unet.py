@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prefgen.foundation.captioned import EMPTY_RATE, CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
 
@@ -71,7 +71,7 @@ def latents_of(data: CaptionedImages, *, vae: AutoencoderKL, work: Path) -> Tens
 def _encode_all(vae: AutoencoderKL, data: CaptionedImages) -> Tensor:
     parts = []
     for start in tqdm(range(0, len(data), 256), unit="batch", desc="encoding latents"):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), quick():
             latents = vae.encode(pixels(data.images[start : start + 256])).latent_dist.mode()
         parts.append((latents.float() * vae.config.scaling_factor).half())
     return torch.cat(parts)
@@ -102,7 +102,7 @@ def train_unet(
     unet = build_unet(sample_size=sources[0][1].shape[-1], cross_width=text_encoder.config.hidden_size)
     scheduler = build_scheduler()
     schedule = NoiseSchedule.of(scheduler)
-    loop = Loop(unet, plan=plan, folder=work)
+    loop = Loop(unet, plan=plan, folder=work, matrices=_inner_matrices(unet))
 
     def encode(captions: list[str]) -> Tensor:
         ids = tokenizer(
@@ -128,7 +128,7 @@ def train_unet(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = _noisy_timesteps(plan.batch_size, total=len(schedule), generator=generator)
         # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(), sdpa_kernel(SDPBackend.MATH):
             noisy = schedule.add(clean, noise=noise, timesteps=timesteps)
             predicted = unet(noisy, timesteps, encode(captions), return_dict=False)[0]
         each = noise_loss(predicted, latents=clean, noise=noise, timesteps=timesteps, schedule=schedule)
@@ -145,6 +145,12 @@ def train_unet(
         "parameters": sum(p.numel() for p in unet.parameters()),
         "history": loop.history,
     }
+
+
+def _inner_matrices(unet: UNet2DConditionModel) -> list[nn.Parameter]:
+    """What Muon trains: all but the way in and out, of the latents and of the time, and the vectors."""
+    outer = ("conv_in.", "conv_out.", "time_embedding.")
+    return [p for name, p in unet.named_parameters() if p.ndim >= 2 and not name.startswith(outer)]
 
 
 def _noisy_timesteps(batch_size: int, *, total: int, generator: torch.Generator) -> Tensor:

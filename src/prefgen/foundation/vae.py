@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.loop import Loop, LoopPlan, quick
 
 PLAN = LoopPlan(batch_size=32, steps=1500, learning_rate=2e-3, ema=0.998, weight_decay=0.0)
 KL_WEIGHT = 1e-5
@@ -47,7 +47,7 @@ def reconstruct(vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, batch_size
     parts = []
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, unit="batch", desc="restoring", delay=5):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), quick():
             latents = vae.encode(pixels(images[start : start + batch_size])).latent_dist.mode()
             parts.append(vae.decode(latents).sample.float().clamp(-1, 1))
     return torch.cat(parts)
@@ -109,7 +109,7 @@ def train_vae(
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = np.sort(rng.integers(len(data), size=plan.batch_size))
         target = pixels(data.images[chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             posterior = vae.encode(target).latent_dist
             restored = vae.decode(posterior.sample(generator=generator)).sample.float()
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()

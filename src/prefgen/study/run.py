@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prefgen.config import resolve_path
 from prefgen.errors import ConfigError
 from prefgen.evaluate.judges import Judge
 from prefgen.evaluate.report import ShownUser, write_report
+from prefgen.precision import has_fast_bf16
 from prefgen.study.asking import ask
 from prefgen.study.conditions import draw_conditions, draw_extra, meanings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig, EvaluateExtraSection
@@ -76,6 +77,9 @@ def run_study(config: EvaluateConfig) -> StudyResult:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.model.precision == "auto":
+        settled = "bfloat16" if has_fast_bf16() else "float32"
+        config = replace(config, model=replace(config.model, precision=settled))
     clock, out = _Clock(), Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.config_sections import FrozenDtype
 from prefgen.inputs import embedding_shards, history_shards, pipeline_folder
 
 PARTS = ("aligned", "core", "image")
@@ -68,10 +69,11 @@ class InjectModelConfig:
     init_adapter: str | None = None
     """Adapter to start from: an IP-Adapter's .safetensors file, or one that prefgen wrote; null starts from
     the frozen text projections. Parts that the file does not know start as if nothing was known."""
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen pipeline."""
-    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the VAE; SDXL's overflows in float16."""
+    frozen_dtype: FrozenDtype = "float32"
+    """Number format of the frozen pipeline; auto is bfloat16 where the device multiplies it in hardware, else
+    float32."""
+    vae_dtype: FrozenDtype = "float32"
+    """Number format of the VAE, as model.frozen_dtype; SDXL's overflows in float16."""
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
     """Layout of the convolutions; channels_last is the faster one on CPUs and new GPUs."""
     gradient_checkpointing: bool = False
