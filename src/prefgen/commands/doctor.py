@@ -73,7 +73,7 @@ def _device_and_precision() -> None:
     print(f"CPU: {torch.get_num_threads()} threads of torch")
     gain = bf16_gain()
     chosen = "bf16-mixed" if has_bf16_products() else "32-true"
-    print(f"  bf16 matrix products run {gain:.2f} times as fast as float32; trainer.precision=auto is {chosen}")
+    print(f"  bf16 matrix products run {gain:.2f} times as fast as float32; trainer.precision=auto: {chosen}")
     if not torch.cuda.is_available():
         print("GPU: none that torch sees; trainer.accelerator=auto trains on the CPU, 16-mixed is refused")
         return
