@@ -36,32 +36,41 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update; ``closure`` is not used."""
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["mean"] = torch.zeros_like(parameter)
-                mean = state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(mean, group["momentum"]).flatten(1)
-                size = 0.2 * max(ahead.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-group["lr"] * size)
+                if parameter.grad is not None:
+                    ahead = self._ahead(parameter, momentum=group["momentum"])
+                    rows, columns = ahead.shape
+                    alike.setdefault((rows, columns), []).append((parameter, ahead))
+            # Matrices of one shape together: a UNet has 128, most of them small.
+            for shape, found in alike.items():
+                updates = orthogonal(torch.stack([ahead for _, ahead in found]))
+                size = 0.2 * max(shape) ** 0.5
+                for (parameter, _), update in zip(found, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+
+    def _ahead(self, parameter: nn.Parameter, *, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["mean"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        mean: Tensor = state["mean"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(mean, momentum).flatten(1)
 
 
-def orthogonal(matrix: Tensor, *, rounds: int = 5) -> Tensor:
-    """The matrix with its singular values sent near 1, by Newton-Schulz rounds.
+def orthogonal(matrices: Tensor, *, rounds: int = 5) -> Tensor:
+    """Matrices with their singular values sent near 1, by Newton-Schulz rounds.
 
     Args:
-        matrix: shape (m, n).
+        matrices: shape (.., m, n).
         rounds: 5 bring values above about 0.01 of the largest into [0.7, 1.2].
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    wide = wide / (wide.norm() + 1e-7)
+    is_wide = matrices.shape[-2] <= matrices.shape[-1]
+    wide = matrices if is_wide else matrices.mT
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(rounds):
         square = wide @ wide.mT
-        wide = torch.addmm(
-            wide, torch.addmm(square, square, square, beta=cubic, alpha=quintic), wide, beta=linear
-        )
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.mT
+        wide = linear * wide + (cubic * square + quintic * (square @ square)) @ wide
+    return wide if is_wide else wide.mT

@@ -24,8 +24,10 @@ caption of a subject ended in a blob after 4,000 steps, whereas backgrounds, fra
 subject hides behind 12 compositions and 12 renderings."""
 
 PLAN = LoopPlan(
-    batch_size=64, steps=14_000, learning_rate=1e-3, warmup=300, weight_decay=0.01, ema=0.9993, every=500
+    batch_size=32, steps=5_000, learning_rate=1.5e-3, warmup=100, weight_decay=0.01, ema=0.998, every=250
 )
+"""For a CPU without bf16 products, where 5,000 steps take two hours. After 200 steps of 32 the loss stood at .317
+by Muon and at .353 by AdamW, for a quarter more time a step; steps of 64 took twice as long and learned the same."""
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -49,7 +51,7 @@ def build_unet(*, sample_size: int, cross_width: int) -> UNet2DConditionModel:
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(80, 128, 128),
+        block_out_channels=(64, 128, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=cross_width,
