@@ -26,8 +26,9 @@ subject hides behind 12 compositions and 12 renderings."""
 PLAN = LoopPlan(
     batch_size=32, steps=5_000, learning_rate=1.5e-3, warmup=100, weight_decay=0.01, ema=0.998, every=250
 )
-"""For a CPU without bf16 products, where 5,000 steps take two hours. After 200 steps of 32 the loss stood at .317
-by Muon and at .353 by AdamW, for a quarter more time a step; steps of 64 took twice as long and learned the same."""
+"""For a CPU without bf16 products, where 5,000 steps take two hours. After 200 steps of 32 the loss stood at
+.317 by Muon and at .353 by AdamW, for a quarter more time a step; steps of 64 took twice as long and learned
+no more."""
 
 
 def build_scheduler() -> DDIMScheduler:
