@@ -1,5 +1,6 @@
 """Stock pipelines that draw for users: against the same pipelines with the exported adapter loaded."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import stock_ip_adapter
 from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, ConfigError, DataError
 from prefgen.exporting import export_for_diffusers
+from prefgen.models.text_lora import add_text_lora, save_text_lora
 from prefgen.models.user_schedule import UserSchedule
 from prefgen.pipeline import PrefGenPipeline
 from prefgen.stock import StockPipeline
@@ -190,3 +192,29 @@ def test_mistakes_are_refused_with_words(folder, artefacts, profiles, exported):
     stock_ip_adapter.load(pipe, adapter)
     with pytest.raises(ConfigError, match="unload other adapters"):
         StockPipeline.wrap(pipe, artefacts=artefacts)
+
+
+@pytest.mark.parametrize("has_style", [False, True])
+def test_removal_takes_the_text_lora_along(folder, profiles, tmp_path, has_style):
+    """The layers are the pipeline's own again, by name and to the last bit; a LoRA of the user's stays."""
+    trained = tmp_path / "trained"
+    shutil.copytree(folder, trained)
+    source = load(folder).unet
+    add_text_lora(source, rank=2)
+    for name, parameter in source.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_text_lora(source, path=trained / "text_lora.safetensors")
+    pipe = load(folder)
+    if has_style:
+        add_lora(pipe)
+
+    def draw(run, **more):
+        return run("a red fox", generator=torch.Generator().manual_seed(3), **HOW, **more).images
+
+    names, base = list(pipe.unet.state_dict()), draw(pipe)
+    stock = StockPipeline.wrap(pipe, artefacts=Artefacts.find(trained, pipeline=folder / "pipeline"))
+    assert not torch.equal(draw(stock, profiles=profiles[0], user_scale=0.8), base)
+    stock.remove()
+    assert list(pipe.unet.state_dict()) == names
+    assert torch.equal(draw(pipe), base)

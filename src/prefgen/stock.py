@@ -26,6 +26,7 @@ from torch import Tensor
 from prefgen.artefacts import Artefacts
 from prefgen.errors import DataError
 from prefgen.models.sampling import SampleUsers
+from prefgen.models.text_lora import remove_text_lora
 from prefgen.models.user_schedule import CONSTANT, UserSchedule, check_negative_scale
 from prefgen.painter import UserSide
 from prefgen.profile import UserProfile
@@ -61,8 +62,9 @@ class StockPipeline:
         return StockPipeline(pipe, side=side)
 
     def remove(self) -> None:
-        """Give the pipeline its own processors back."""
+        """Give the pipeline its own processors back, and its layers where a text LoRA was loaded."""
         self.side.adapter.attention.remove()
+        remove_text_lora(self.pipe.unet)
 
     @torch.no_grad()
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,14 +74,21 @@ def load_lora(mllm: MLLM, *, path: str | Path, mllm_hash: str | None = None) -> 
 def save_lora(model: PeftModel, *, path: Path, mllm_hash: str | None = None) -> Path:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``: the trained part only.
 
-    With ``mllm_hash`` a small json beside them says which model it was trained on.
+    With ``mllm_hash`` a small json beside them says which model it was trained on. The folder comes into
+    place whole, an older one leaves it then: never weights of one training beside the lineage of another.
     """
     model.peft_config["default"].base_model_name_or_path = None
-    model.save_pretrained(path, save_embedding_layers=False)
-    readme = path / "README.md"
-    readme.unlink(missing_ok=True)
+    part, old = (path.with_name(f".{path.name}.{word}") for word in ("part", "old"))
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(part, save_embedding_layers=False)
+    (part / "README.md").unlink(missing_ok=True)
     if mllm_hash is not None:
-        (path / LINEAGE_NAME).write_text(json.dumps({"mllm": mllm_hash}) + "\n", encoding="utf-8")
+        (part / LINEAGE_NAME).write_text(json.dumps({"mllm": mllm_hash}) + "\n", encoding="utf-8")
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
     return path
 
 

@@ -6,6 +6,7 @@ stock diffusers loads with ``pipe.load_lora_weights``.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,23 @@ def save_text_lora(unet: Any, *, path: Path) -> None:
 
 
 def load_text_lora(unet: Any, *, path: Path) -> None:
-    """Put a trained one into a UNet, frozen.
+    """Put a trained one into a UNet, frozen, beside the LoRAs that are active there.
 
     Raises:
         CheckpointError: the file is torn or was trained for another UNet.
     """
+    active = {layer: list(layer.active_adapters) for layer in _lora_layers(unet)}
     try:
-        unet.load_lora_adapter(load_file(path), prefix="unet", adapter_name=_NAME)
+        with warnings.catch_warnings():
+            # peft warns of a second adapter in one model: it is meant, others' LoRAs draw along.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
+            unet.load_lora_adapter(load_file(path), prefix="unet", adapter_name=_NAME)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"the text LoRA at {path} is torn or does not fit the UNet: {reason}") from None
-    for layer in _layers(unet):
+    # diffusers makes the new one the only active one, in layers too that it does not reach
+    for layer in _lora_layers(unet):
+        layer.set_adapter([*active.get(layer, ()), *({_NAME} & layer.r.keys())])
         layer.requires_grad_(False)
 
 
@@ -72,5 +79,25 @@ def switch_text_lora(unet: Any, on: bool) -> None:
         layer.set_scale(_NAME, 1.0 if on else 0.0)
 
 
+def remove_text_lora(unet: Any) -> None:
+    """Give the UNet back the layers it had; other LoRAs stay, and a UNet without ours stays as it is."""
+    if not _layers(unet):
+        return
+    for layer in _lora_layers(unet):
+        others = [name for name in layer.active_adapters if name != _NAME]
+        layer.set_adapter(others, inference_mode=True)  # peft would choose one of them, with a warning
+    unet.delete_adapters(_NAME)
+    if not any(layer.r for layer in _lora_layers(unet)):
+        unet.unload_lora()
+    # peft leaves the layers that only ours was in wrapped: a saved UNet would have other names
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, LoraLayer) and not layer.r:
+            unet.set_submodule(name, layer.get_base_layer())
+
+
 def _layers(unet: torch.nn.Module) -> list[Any]:
-    return [m for m in unet.modules() if isinstance(m, LoraLayer) and _NAME in m.scaling]
+    return [layer for layer in _lora_layers(unet) if _NAME in layer.r]
+
+
+def _lora_layers(unet: torch.nn.Module) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
