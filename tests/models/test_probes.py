@@ -9,12 +9,14 @@ from prefgen.models.pooling import POOLINGS
 from prefgen.models.probes import (
     CellAccuracy,
     LayerChoice,
+    LayersByHand,
     ProbeGrid,
     cell_accuracies,
     choice_to_json,
     choose_layers,
     control_accuracy,
     read_choice,
+    rule_words,
 )
 
 
@@ -105,6 +107,71 @@ def test_choice_by_rule_and_by_paper():
     assert paper.core_layer == choice.core_layer
     with pytest.raises(ConfigError, match="4 layers"):
         choose_layers(inter=grid_of(inter[:3]), intra=grid_of(intra[:3]), num_layers=3, rule="rule")
+
+
+def test_what_is_given_by_hand_stands_and_the_rule_chooses_the_rest():
+    inter = [[0.1] * 4 for _ in range(8)]
+    inter[0][1] = 0.99  # low: a candidate only where its layer is given
+    inter[5][2] = 0.8
+    inter[6][1] = 0.7
+    intra = [[0.5] * 4 for _ in range(8)]
+    for layer in (1, 2, 3, 4):
+        intra[layer][3] = 0.9
+    intra[6][0] = 0.95
+
+    def choose(**given):
+        return choose_layers(
+            inter=grid_of(inter),
+            intra=grid_of(intra),
+            num_layers=8,
+            rule="by_hand",
+            by_hand=LayersByHand(**given),
+        )
+
+    middle = choose(sem_layers=(6, 3, 4, 5))
+    # max over layers 3 to 6 is .8 on average, every other pooling .5
+    assert (middle.sem_layers, middle.sem_pooling) == ((3, 4, 5, 6), "max")
+    assert (middle.core_layer, middle.core_pooling) == (6, "mean")
+    top = choose(sem_layers=(5, 6, 7, 8))
+    assert top.sem_pooling == "last"  # max and last hold one good layer each, and last's is better
+    assert choose(sem_layers=tuple(range(1, 9)), sem_pooling="mean").sem_layers == tuple(range(1, 9))
+    pooled = choose(sem_pooling="last")
+    assert pooled.sem_layers == (5, 6, 7, 8)  # 7 by its accuracy, then of equals the higher
+    assert (choose(core_layer=1).core_layer, choose(core_layer=1).core_pooling) == (1, "image_mean")
+    assert (choose(core_pooling="image_mean").core_layer) == 7
+    both = choose(core_layer=2, core_pooling="last", sem_layers=(8,), sem_pooling="mean")
+    assert both == LayerChoice(sem_layers=(8,), sem_pooling="mean", core_layer=2, core_pooling="last")
+
+
+def test_by_hand_is_ignored_by_the_other_rules():
+    cells = grid_of([[0.5] * 4 for _ in range(8)])
+    hand = LayersByHand(sem_layers=(1,), core_layer=1)
+    plain = choose_layers(inter=cells, intra=cells, num_layers=8, rule="rule")
+    assert choose_layers(inter=cells, intra=cells, num_layers=8, rule="rule", by_hand=hand) == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sem_layers": (3, 9)}, "probe.sem_layers: there is no layer 9; the MLLM has 8"),
+        ({"core_layer": 12}, "probe.core_layer: there is no layer 12"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        LayersByHand(**given).check(num_layers=8)
+
+
+def test_layers_given_by_hand_may_be_fewer_than_four():
+    LayersByHand(sem_layers=(2,)).check(num_layers=2)
+    with pytest.raises(ConfigError, match="sem takes 4 layers, but the MLLM has 2; pass probe.choice"):
+        LayersByHand(core_layer=2).check(num_layers=2)
+
+
+def test_the_written_rule_says_what_was_given():
+    words = rule_words("by_hand", by_hand=LayersByHand(sem_layers=(3, 4), core_pooling="max"))
+    assert words.startswith("by hand: sem layers 3, 4; core pooling max; what that leaves open by the rule:")
+    assert "by hand" not in rule_words("rule", by_hand=LayersByHand())
 
 
 def test_control_interval_covers_chance():

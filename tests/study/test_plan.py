@@ -25,7 +25,7 @@ runs:
     steps: ["{both}", "config --stage {stage}"]
   - name: second
     seeds: [3, 4]
-    steps: ["config --out {run} --seed {seed} --near {runs}/first"]
+    steps: ["config --out {run} --seed {seed} --near {runs}/first --name {name}"]
 """
 
 
@@ -47,6 +47,7 @@ def test_words_and_places_are_put_in_and_blanks_in_paths_stay_whole(tmp_path):
     [command] = plan.commands(fourth, work=work)
     assert command == [
         "config", "--out", str(work / "runs" / "second-4"), "--seed", "4", "--near", f"{work}/runs/first",
+        "--name", "second",
     ]  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def test_plans_that_do_not_fit_are_refused(tmp_path, change, message):
 
 def test_an_unknown_placeholder_is_named(tmp_path):
     plan = read_plan(write(tmp_path))
-    with pytest.raises(ConfigError, match="no placeholder 'stage' in .*known: best, both, plan"):
+    with pytest.raises(ConfigError, match="no placeholder 'stage' in .*known: best, both, name, plan"):
         plan.commands(plan.runs[0], work=tmp_path)
 
 
@@ -104,6 +105,100 @@ def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
                 assert config.out.endswith(f"{run.folder}/report")
                 assert config.seed == 0
     assert len(checked) > 12
+
+
+def commands_of(plan, run, *, work):
+    commands = [plan.trial_commands(run, work=work, value=v) for v in (run.trial.values if run.trial else ())]
+    return [*sum(commands, []), *plan.commands(run, work=work, values={"best": "1e-3"})]
+
+
+@pytest.mark.parametrize("name", ["reproduce", "reproduce_full"])
+def test_the_shipped_plans_read_only_what_earlier_runs_have_written(name, tmp_path):
+    plan = read_plan(ROOT / "studies" / f"{name}.yaml")
+    runs, made = tmp_path / "runs", set()
+    for run in plan.runs:
+        for command in commands_of(plan, run, work=tmp_path):
+            for word in command:
+                place = Path(word.partition("=")[2] or word)
+                if place.is_relative_to(runs):
+                    (folder, *rest) = place.relative_to(runs).parts
+                    needed = f"{folder}/{rest[0]}" if rest else folder
+                    known = folder == run.folder or needed == "data/features" or needed in made
+                    assert known, f"{run.folder}: nothing has written {needed} before {' '.join(command)}"
+        made |= _written(commands_of(plan, run, work=tmp_path), folder=run.folder)
+
+
+def _written(commands, *, folder):
+    """Folders a run leaves behind, as its commands say."""
+    found = {folder}
+    for command in commands:
+        if command[0] == "data":
+            found |= {f"{folder}/raw", f"{folder}/shards"}
+        elif command[0] == "predict":
+            found.add(f"{folder}/embeddings")
+        elif command[0] == "fit" and not any(word.startswith("run_dir=") for word in command):
+            image_only = any("inject_image_only" in word for word in command)
+            found.add(f"{folder}/{'inject_image_only' if image_only else command[2]}")
+    return found
+
+
+ABLATIONS = {
+    "loss of stage 3": {
+        "loss_mse", "loss_cosine", "loss_infonce", "loss_sliced", "loss_both", "loss_none", "independent",
+        "permuted",
+    },
+    "kernel of the MMD": {"kernel_laplacian", "kernel_rq", "kernel_imq", "kernel_energy"},
+    "bandwidth of the MMD": {"bandwidth_half", "bandwidth_double", "bandwidth_one"},
+    "users in one MMD": {"group_8", "group_32", "group_128"},
+    "parts of e_u": {"no_sem", "no_core", "no_image", "only_sem", "only_core", "only_image"},
+    "layers of sem": {"top_four", "middle_four", "all_layers"},
+    "pooling of sem": {"pool_image_mean", "pool_mean", "pool_max"},
+    "language model": {"no_vqa"},
+    "disliked images": {"no_dislikes", "no_dislikes_vqa"},
+    "training users of stages align and inject": {"users_32", "users_100", "users_320"},
+    "learning rate": {"untuned"},
+}  # fmt: skip
+"""What the full study leaves out or exchanges, each as one run and three seeds."""
+
+
+def test_the_full_plan_holds_every_ablation_over_three_seeds():
+    plan = read_plan(ROOT / "studies" / "reproduce_full.yaml")
+    rows = [run for run in plan.runs if run.table == "ablation"]
+    found = {group: {run.name for run in rows if run.group == group} for group in {r.group for r in rows}}
+    assert found == ABLATIONS
+    assert all([run.seed for run in rows if run.name == name] == [0, 1, 2] for name in {r.name for r in rows})
+    curves = {run.curve: [] for run in plan.runs if run.table == "curve"}
+    for run in plan.runs:
+        if run.table == "curve":
+            curves[run.curve].append(run.x)
+    assert curves["liked and disliked references"] == [1, 2, 4, 8]
+    assert curves["user_scale"] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2]
+
+
+def test_the_short_plan_keeps_eight_ablations_of_the_full_one():
+    short, full = (read_plan(ROOT / "studies" / f"{name}.yaml") for name in ("reproduce", "reproduce_full"))
+    rows = [run for run in short.runs if run.table == "ablation"]
+    assert len(rows) == 8
+    assert {run.name for run in rows} <= {run.name for run in full.runs}
+
+
+def test_layers_given_by_hand_are_layers_of_the_mini_mllm():
+    import prefgen
+
+    config = json.loads((Path(prefgen.__file__).parent / "assets/mini/mllm/config.json").read_text())
+    layers = config["text_config"]["num_hidden_layers"]
+    plan = read_plan(ROOT / "studies" / "reproduce_full.yaml")
+    given = {
+        run.name: word.partition("=")[2]
+        for run in plan.runs
+        for command in plan.commands(run, work=Path("work"), values={"best": "1"})
+        for word in command
+        if word.startswith("probe.sem_layers=")
+    }
+    every = list(range(1, layers + 1))
+    assert json.loads(given["read_all_layers"]) == every
+    assert json.loads(given["read_middle_four"]) == every[layers // 2 - 2 : layers // 2 + 2]
+    assert all(json.loads(given[f"read_pool_{name}"]) == every[-4:] for name in ("mean", "max", "image_mean"))
 
 
 def counted(monkeypatch, *, codes=()):
@@ -151,7 +246,9 @@ def test_a_kill_between_two_steps_forgets_neither(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path, monkeypatch):
-    text = PLAN.replace("{stage}", "probe").replace(" --out {run} --seed {seed} --near {runs}/first", "")
+    text = PLAN.replace("{stage}", "probe").replace(
+        " --out {run} --seed {seed} --near {runs}/first --name {name}", ""
+    )
     plan = read_plan(write(tmp_path, text))
     calls = counted(monkeypatch, codes=[0, 2])
     outcome = run_plan(plan, work=tmp_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prefgen.errors import CheckpointError, ConfigError
 from prefgen.models.pooling import POOLINGS, Pooling
 
-ChoiceRule = Literal["rule", "paper"]
+ChoiceRule = Literal["rule", "paper", "by_hand"]
 NUM_SEM_LAYERS = 4
 
 
@@ -104,6 +104,46 @@ class LayerChoice:
     core_pooling: Pooling
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayersByHand:
+    """What of a :class:`LayerChoice` is given; what is empty or None is left to the rule."""
+
+    sem_layers: tuple[int, ...] = ()
+    sem_pooling: Pooling | None = None
+    core_layer: int | None = None
+    core_pooling: Pooling | None = None
+
+    def check(self, *, num_layers: int) -> None:
+        """Refuse layers that are not there.
+
+        Raises:
+            ConfigError: a layer the MLLM does not have, or too few for the rule to take four.
+        """
+        core = () if self.core_layer is None else (self.core_layer,)
+        for key, layers in (("probe.sem_layers", self.sem_layers), ("probe.core_layer", core)):
+            absent = [layer for layer in layers if not 1 <= layer <= num_layers]
+            if absent:
+                raise ConfigError(
+                    f"{key}: there is no layer {absent[0]}; the MLLM has {num_layers}, numbered 1 (lowest) "
+                    f"to {num_layers} (top)"
+                )
+        if not self.sem_layers and num_layers < NUM_SEM_LAYERS:
+            raise ConfigError(
+                f"sem takes {NUM_SEM_LAYERS} layers, but the MLLM has {num_layers}; pass "
+                "probe.choice=by_hand and probe.sem_layers"
+            )
+
+    def words(self) -> str:
+        """What is given, as it stands in a message."""
+        parts = {
+            "sem layers": ", ".join(map(str, self.sem_layers)),
+            "sem pooling": self.sem_pooling,
+            "core layer": self.core_layer,
+            "core pooling": self.core_pooling,
+        }
+        return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
+
+
 def cell_accuracies(
     correct: np.ndarray, *, groups: np.ndarray, num_layers: int, seed: int, num_resamples: int = 1000
 ) -> list[CellAccuracy]:
@@ -141,30 +181,42 @@ def cell_accuracies(
 
 
 def choose_layers(
-    *, inter: Sequence[CellAccuracy], intra: Sequence[CellAccuracy], num_layers: int, rule: ChoiceRule
+    *,
+    inter: Sequence[CellAccuracy],
+    intra: Sequence[CellAccuracy],
+    num_layers: int,
+    rule: ChoiceRule,
+    by_hand: LayersByHand | None = None,
 ) -> LayerChoice:
     """Core from the inter-user grid, sem from the intra-user grid.
 
-    Core is the best inter-user cell of the upper half of the layers, under both rules. Sem is, by "paper",
-    the last token of the top four layers; by "rule", the pooling whose four best layers are best on average,
-    with those four layers. Of equals the higher layer, then the earlier pooling, wins.
+    Core is the best inter-user cell of the upper half of the layers. Sem is, by "paper", the last token of
+    the top four layers; by "rule", the pooling whose four best layers are best on average, with those four
+    layers. By "by_hand" what is given stands, and the rule chooses the rest among the cells that agree with
+    it. Of equals the higher layer, then the earlier pooling, wins.
 
     Raises:
-        ConfigError: the model has fewer than four layers.
+        ConfigError: the model has fewer than four layers, or not those given by hand.
     """
-    if num_layers < NUM_SEM_LAYERS:
-        raise ConfigError(f"sem takes {NUM_SEM_LAYERS} layers, but the MLLM has {num_layers}")
-    upper = [cell for cell in inter if cell.layer >= (num_layers + 1) // 2]
-    core = max(upper, key=lambda cell: (cell.accuracy, cell.layer, -POOLINGS.index(cell.pooling)))
+    fixed = by_hand if rule == "by_hand" and by_hand is not None else LayersByHand()
+    fixed.check(num_layers=num_layers)
     if rule == "paper":
-        sem_pooling: Pooling = "last"
-        sem_layers = tuple(range(num_layers - NUM_SEM_LAYERS + 1, num_layers + 1))
-    else:
-        best = {pooling: _best_layers(intra, pooling=pooling) for pooling in POOLINGS}
-        sem_pooling = max(POOLINGS, key=lambda name: (best[name][0], -POOLINGS.index(name)))
-        sem_layers = best[sem_pooling][1]
+        top = tuple(range(num_layers - NUM_SEM_LAYERS + 1, num_layers + 1))
+        fixed = LayersByHand(sem_layers=top, sem_pooling="last")
+    half = range((num_layers + 1) // 2, num_layers + 1)
+    core_layers = half if fixed.core_layer is None else (fixed.core_layer,)
+    cells = [
+        cell for cell in inter if cell.layer in core_layers and fixed.core_pooling in (None, cell.pooling)
+    ]
+    core = max(cells, key=lambda cell: (cell.accuracy, cell.layer, -POOLINGS.index(cell.pooling)))
+    poolings = POOLINGS if fixed.sem_pooling is None else (fixed.sem_pooling,)
+    best = {name: _best_layers(intra, pooling=name, given=fixed.sem_layers) for name in poolings}
+    sem_pooling = max(poolings, key=lambda name: (best[name][0], -POOLINGS.index(name)))
     return LayerChoice(
-        sem_layers=sem_layers, sem_pooling=sem_pooling, core_layer=core.layer, core_pooling=core.pooling
+        sem_layers=best[sem_pooling][1],
+        sem_pooling=sem_pooling,
+        core_layer=core.layer,
+        core_pooling=core.pooling,
     )
 
 
@@ -211,18 +263,24 @@ def read_choice(path: Path, *, lineage: Mapping[str, str] | None = None) -> Laye
     return choice
 
 
-def rule_words(rule: ChoiceRule) -> str:
+def rule_words(rule: ChoiceRule, *, by_hand: LayersByHand | None = None) -> str:
     """The written rule for probe.json."""
     core = "core: the best inter-user cell of the middle-to-upper layers"
     if rule == "paper":
         return f"{core}; sem: last token of the top four layers (the paper's choice)"
-    return (
+    words = (
         f"{core}; sem: the pooling whose four best intra-user layers are best on average, with those layers"
     )
+    if rule == "by_hand" and by_hand is not None:
+        return f"by hand: {by_hand.words()}; what that leaves open by the rule: {words}"
+    return words
 
 
-def _best_layers(cells: Sequence[CellAccuracy], *, pooling: Pooling) -> tuple[float, tuple[int, ...]]:
-    own = sorted(
-        (cell for cell in cells if cell.pooling == pooling), key=lambda cell: (cell.accuracy, cell.layer)
-    )[-NUM_SEM_LAYERS:]
+def _best_layers(
+    cells: Sequence[CellAccuracy], *, pooling: Pooling, given: Sequence[int] = ()
+) -> tuple[float, tuple[int, ...]]:
+    """Mean accuracy and numbers of the four best layers of a pooling, or of all those given."""
+    own = [cell for cell in cells if cell.pooling == pooling and (not given or cell.layer in given)]
+    if not given:
+        own = sorted(own, key=lambda cell: (cell.accuracy, cell.layer))[-NUM_SEM_LAYERS:]
     return sum(cell.accuracy for cell in own) / len(own), tuple(sorted(cell.layer for cell in own))

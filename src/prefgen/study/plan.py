@@ -1,7 +1,8 @@
 """A study as a file: which runs of which commands, under which names, for which tables. No torch here.
 
-A step is the words of a prefgen command; ``{run}``, ``{runs}``, ``{seed}``, ``{plan}`` and the file's own
-``words`` are put in. Nothing else is known about a run, so whatever the command line can do a study can.
+A step is the words of a prefgen command; ``{run}``, ``{runs}``, ``{name}``, ``{seed}``, ``{plan}`` and the
+file's own ``words`` are put in. Nothing else is known about a run, so whatever the command line can do a
+study can.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Plan:
         runs = work / "runs"
         known = {
             **{name: str(text) for name, text in self.words.items()},
-            "run": str(runs / run.folder), "runs": str(runs), "seed": str(run.seed),
+            "run": str(runs / run.folder), "runs": str(runs), "name": run.name, "seed": str(run.seed),
             "plan": str(self.path.parent), **values,
         }  # fmt: skip
         # Words are put in before the line is cut, paths after it, since those may hold blanks.

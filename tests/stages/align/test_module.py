@@ -7,12 +7,19 @@ import torch
 from safetensors import safe_open
 
 from prefgen.checkpoint import list_checkpoints
+from prefgen.errors import ConfigError
 from prefgen.models.projector import load_projector
 from prefgen.models.readout import load_readout
 from prefgen.run import run_stage
 from prefgen.stages.align.config import AlignLossConfig
 from prefgen.stages.align.data import AlignData
-from prefgen.stages.align.module import AlignModule, grouped_infonce, grouped_mmd2
+from prefgen.stages.align.module import (
+    AlignModule,
+    draw_directions,
+    grouped_infonce,
+    grouped_mmd2,
+    grouped_sliced_wasserstein,
+)
 from prefgen.testing.data import HUES
 
 
@@ -48,8 +55,62 @@ def test_infonce_knows_each_user_inside_its_group_only():
     assert grouped_infonce(rows, swapped, settings=settings) > 5
 
 
+LINE = torch.ones(1, 1)
+
+
+def test_sliced_wasserstein_on_a_line_is_the_distance_of_sorted_numbers():
+    ours, texts = torch.tensor([[3.0], [-1.0], [0.5], [8.0]]), torch.tensor([[2.0], [2.5], [7.0], [-4.0]])
+    value = grouped_sliced_wasserstein(ours, texts, directions=LINE, group_size=4)
+    # -1 with -4, 0.5 with 2, 3 with 2.5, 8 with 7
+    torch.testing.assert_close(value, torch.tensor((9 + 2.25 + 0.25 + 1) / 4))
+    by_pairs = grouped_sliced_wasserstein(ours, texts, directions=LINE, group_size=2)
+    # groups of two: -1, 3 with 2, 2.5 and 0.5, 8 with -4, 7
+    torch.testing.assert_close(by_pairs, torch.tensor((9 + 0.25 + 20.25 + 1) / 4))
+
+
+def test_sliced_wasserstein_of_a_moved_set_is_how_far_it_went():
+    rows, shift = _rows(16).double(), torch.tensor([3.0, 0.0, -1.0, 0.5, 2.0]).double()
+    directions = draw_directions(7, width=5, seed=0, step=0)
+    value = grouped_sliced_wasserstein(rows, rows + shift, directions=directions, group_size=16)
+    torch.testing.assert_close(value, (directions @ shift).pow(2).mean())
+    many = draw_directions(20000, width=5, seed=0, step=0)
+    value = grouped_sliced_wasserstein(rows, rows + shift, directions=many, group_size=16)
+    # the mean over the sphere, of which 20,000 draws leave a standard error of .8 %
+    assert float(value) == pytest.approx(float(shift.pow(2).sum()) / 5, rel=0.03)
+
+
+def test_sliced_wasserstein_knows_sets_not_their_order():
+    directions = draw_directions(6, width=5, seed=0, step=0).float()
+    ours, texts = _rows(), _rows(seed=1)
+    value = grouped_sliced_wasserstein(ours, texts, directions=directions, group_size=4)
+    within, across = torch.tensor([2, 0, 1, 3, 7, 6, 5, 4]), torch.tensor([4, 1, 2, 3, 0, 5, 6, 7])
+    same = grouped_sliced_wasserstein(ours, texts[within], directions=directions, group_size=4)
+    assert torch.equal(same, value)
+    other = grouped_sliced_wasserstein(ours, texts[across], directions=directions, group_size=4)
+    assert abs(other - value) > 1e-3
+    assert grouped_sliced_wasserstein(ours, ours[within], directions=directions, group_size=4) == 0
+
+
+def test_sliced_wasserstein_has_the_right_gradient():
+    directions = draw_directions(6, width=5, seed=0, step=0)
+    ours = _rows().double().requires_grad_()
+
+    def value(rows):
+        return grouped_sliced_wasserstein(rows, _rows(seed=1).double(), directions=directions, group_size=4)
+
+    assert torch.autograd.gradcheck(value, (ours,))
+
+
+def test_directions_are_unit_rows_and_new_at_each_step():
+    one, again, other = (draw_directions(9, width=5, seed=0, step=step) for step in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, draw_directions(9, width=5, seed=1, step=3))
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(9).double())
+
+
 def test_point_wise_terms_join_by_their_weights(make_config):
-    names = ("mse", "cosine", "infonce")
+    names = ("mse", "cosine", "infonce", "sliced_wasserstein")
     module = AlignModule(make_config(*(f"align.{name}_weight=2" for name in names)))
     module.bandwidth.fill_(1.0)
     width = module.projector.shape.text_width
@@ -58,9 +119,39 @@ def test_point_wise_terms_join_by_their_weights(make_config):
     expected = terms["mmd"] + 2 * sum(terms[name] for name in names)
     torch.testing.assert_close(terms["loss"], expected)
     same = module.losses(texts, own_text=texts, mmd_text=texts)
-    assert same["mse"] == 0
+    assert same["mse"] == same["sliced_wasserstein"] == 0
     assert same["cosine"] < 1e-6
     assert terms["cosine"] > 0.5
+
+
+def test_sliced_wasserstein_sees_the_texts_of_the_mmd_not_the_own_ones(make_config):
+    module = AlignModule(make_config("align.mmd_weight=0", "align.sliced_wasserstein_weight=3"))
+    ours, others = torch.randn(8, module.projector.shape.text_width), torch.zeros(8, 1)
+    terms = module.losses(ours, own_text=others.expand_as(ours), mmd_text=ours)
+    assert set(terms) == {"sliced_wasserstein", "loss"}
+    assert terms["loss"] == 0
+    terms = module.losses(ours, own_text=ours, mmd_text=others.expand_as(ours))
+    torch.testing.assert_close(terms["loss"], 3 * terms["sliced_wasserstein"])
+    assert terms["loss"] > 0.1
+
+
+def test_no_loss_at_all_has_to_be_meant(make_config, inputs):
+    with pytest.raises(ConfigError, match="sliced_wasserstein_weight are 0.*optim.learning_rate=0"):
+        make_config("align.mmd_weight=0")
+    config = make_config(
+        "optim.learning_rate=0",
+        "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
+        "trainer.validate_before_fit=true",
+    )
+    run_stage(config, verb="fit", stage="align")
+    run_dir = Path(config.run_dir)
+    exported = load_projector(run_dir / "projector.safetensors").projector.state_dict()
+    for name, start in AlignModule(config).projector.named_parameters():
+        assert torch.equal(exported[name], start), name
+    assert exported["text_scale"] != 1  # what the training users fix before the first step is there
+    record = json.loads((run_dir / "metrics.json").read_text())
+    assert record["fit"]["val/mmd2"] == record["before"]["val/mmd2"] > 0
 
 
 def test_initial_weights_follow_the_seed_alone(make_config):

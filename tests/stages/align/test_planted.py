@@ -6,13 +6,18 @@ import torch
 from prefgen.evaluate.alignment import retrieval, spread
 from prefgen.models.projector import ProjectorShape, SemProjector
 from prefgen.stages.align.config import AlignLossConfig
-from prefgen.stages.align.module import fixed_bandwidth, grouped_mmd2
+from prefgen.stages.align.module import (
+    draw_directions,
+    fixed_bandwidth,
+    grouped_mmd2,
+    grouped_sliced_wasserstein,
+)
 from stages.align.planted import SEM, TEXT, PlantedUsers, batches
 
 TRAIN, UNSEEN = PlantedUsers(512, seed=1), PlantedUsers(64, seed=2)
 
 
-def _train(*, pairing, group_size, steps=200):
+def _train(*, pairing, group_size, steps=200, sliced=False):
     settings = AlignLossConfig(pairing=pairing, group_size=group_size)
     torch.manual_seed(0)
     projector = SemProjector(ProjectorShape(sem_width=SEM, text_width=TEXT, hidden_width=64))
@@ -20,8 +25,13 @@ def _train(*, pairing, group_size, steps=200):
     bandwidth = fixed_bandwidth(TRAIN.first()[1], rule="mean")
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for batch in batches(TRAIN, pairing=pairing, batch_size=64, steps=steps):
-        loss = grouped_mmd2(projector(batch.sem), batch.mmd_text, settings=settings, bandwidth=bandwidth)
+    for step, batch in enumerate(batches(TRAIN, pairing=pairing, batch_size=64, steps=steps)):
+        aligned, text = projector(batch.sem), batch.mmd_text
+        if sliced:
+            directions = draw_directions(32, width=TEXT, seed=0, step=step).float()
+            loss = grouped_sliced_wasserstein(aligned, text, directions=directions, group_size=group_size)
+        else:
+            loss = grouped_mmd2(aligned, text, settings=settings, bandwidth=bandwidth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -30,8 +40,9 @@ def _train(*, pairing, group_size, steps=200):
         return projector(UNSEEN.first()[0])
 
 
-def test_small_groups_of_the_same_users_teach_who_is_who():
-    aligned, text = _train(pairing="same_users", group_size=8), UNSEEN.first()[1]
+@pytest.mark.parametrize("sliced", [False, True], ids=["mmd", "sliced wasserstein"])
+def test_small_groups_of_the_same_users_teach_who_is_who(sliced):
+    aligned, text = _train(pairing="same_users", group_size=8, sliced=sliced), UNSEEN.first()[1]
     result = retrieval(aligned, text, seed=0)
     assert result.recall_1.mean > 0.8
     assert 0.9 < spread(aligned).distance / spread(text).distance < 1.1

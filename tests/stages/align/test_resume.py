@@ -30,6 +30,15 @@ def test_three_and_three_steps_are_six(make_config, tmp_path, num_workers):
     assert len(set(report.straight_batches)) == 6
 
 
+def test_directions_drawn_at_each_step_survive_a_stop(make_config, tmp_path):
+    assert_resume_is_exact(
+        make_config("align.mmd_weight=0", "align.sliced_wasserstein_weight=1"),
+        make_module=AlignModule,
+        make_data=AlignData,
+        tmp_path=tmp_path,
+    )
+
+
 def test_workers_do_not_change_what_is_seen(make_config, tmp_path):
     seen = [
         assert_resume_is_exact(

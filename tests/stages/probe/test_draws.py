@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from prefgen.data.reader import ShardReader
+from prefgen.models.questions import UserRows
 from prefgen.stages.features import read_users
 from prefgen.stages.probe.draws import inter_samples, intra_samples, shuffled
 from prefgen.stages.probe.embed import draw_of
@@ -61,6 +64,43 @@ def test_control_keeps_the_labels_and_loses_the_samples():
         assert torch.equal(control[:, cell].bincount(), labels.bincount())
         assert (control[:, cell] == labels).float().mean() < 0.25
     assert not torch.equal(control[:, 0], control[:, 1])
+
+
+def test_disliked_references_left_out_change_nothing_else(users):
+    options = {"num_references": 4, "seed": 0}
+    for make in (
+        lambda sides: intra_samples(users, num_queries=6, sides=sides, **options),
+        lambda sides: inter_samples(users, part="train", num_draws=2, sides=sides, **options),
+    ):
+        both, liked = make("both"), make("liked")
+        assert torch.equal(both.labels, liked.labels)
+        for user, one, other in zip(
+            [users[int(owner)] for owner in both.users[:: len(both.users) // len(both.items)]],
+            both.items,
+            liked.items,
+            strict=True,
+        ):
+            assert one.questions == other.questions
+            first_disliked = user.first_row + len(user.history.liked)
+            assert images_of(other) == {row for row in images_of(one) if row < first_disliked}
+            assert any(row >= first_disliked for row in images_of(one))
+    history = users[0].history
+    for number in range(3):
+        full = draw_of(history, draw=number, num_references=4, seed=0)
+        only = draw_of(history, draw=number, num_references=4, seed=0, sides="liked")
+        assert full.disliked
+        assert (only.liked, only.disliked) == (full.liked, ())
+
+
+def test_a_user_who_liked_nothing_keeps_the_disliked_references(users):
+    history = replace(users[0].history, liked=())
+    draw = draw_of(history, draw=0, num_references=4, seed=0, sides="liked")
+    assert len(draw.disliked) == 4
+    nobody = UserRows(history=history, first_row=0)
+    (item, *_) = inter_samples(
+        [nobody], part="train", num_draws=1, num_references=3, seed=0, sides="liked"
+    ).items
+    assert len(images_of(item)) == 3
 
 
 def test_a_draw_leaves_targets(users):

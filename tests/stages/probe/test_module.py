@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from prefgen.models.representation import embed_history, like_probability, list_
 from prefgen.run import fit, use
 from prefgen.run_noise import quiet_lightning
 from prefgen.stages.features import user_images
+from prefgen.stages.probe.config import Pooling
 from prefgen.stages.probe.data import ProbeData
 from prefgen.stages.probe.module import ProbeModule
 from prefgen.testing.resume import assert_resume_is_exact
@@ -72,6 +74,10 @@ def test_five_losses(probe_config, tmp_path):
     losses = _Losses()
     train(probe_config(tmp_path / "run", "trainer.max_steps=5", "optim.learning_rate=1e-2"), losses)
     assert losses.values == pytest.approx(json.loads(GOLDEN.read_text())["losses"], rel=1e-4)
+
+
+def test_the_poolings_of_the_config_are_those_of_the_models():
+    assert get_args(Pooling) == POOLINGS
 
 
 def test_report_names_each_cell_the_choice_and_its_rule(finished):
@@ -126,6 +132,40 @@ def test_parts_of_a_prediction_make_the_whole(finished, monkeypatch):
         sets.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert len(sets[0]) == 3 + 2 + 2 + 1  # 12, 6 and 6 users, and the index
     assert sets[0] == sets[1]
+
+
+def test_layers_by_hand_and_no_disliked_references_from_fit_to_embeddings(probe_config, inputs, tmp_path):
+    hand = ("probe.choice=by_hand", "probe.sem_layers=[4,1,2]", "probe.sem_pooling=max", "probe.core_layer=1")
+    config = probe_config(tmp_path / "run", *hand, "data.sides=liked")
+    train(config)
+    report = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert report["choice"]["sem"] == {"layers": [1, 2, 4], "pooling": "max"}
+    assert report["choice"]["core"]["layer"] == 1
+    assert report["rule"] == "by_hand"
+    assert report["rule_words"].startswith("by hand: sem layers 4, 1, 2; sem pooling max; core layer 1;")
+    with quiet_lightning():
+        use(config, verb="predict", module=ProbeModule(config), data=ProbeData(config))
+    reader = EmbeddingReader(config.embed.out, split="test")
+    assert reader.header["sides"] == ["liked"]
+    user, mllm = reader[0], MLLM.load(inputs / "mllm")
+    assert user.sem.shape == (3, 3 * mllm.hidden_size)
+    assert user.liked_attributes
+    for position in range(len(reader)):
+        keys = [key for draw in reader[position].reference_keys for key in draw]
+        assert keys
+        assert not any("/disliked." in key for key in keys)
+    # the profile of the liked images alone, and its negative twin of the same images disliked
+    sample = ShardReader(inputs / "shards", split="test")[0]
+    pictures = dict(zip(user.image_keys, user_images(sample), strict=True))
+    load_lora(mllm, path=inputs / "lora")
+    liked, choice = (
+        [pictures[key] for key in user.reference_keys[0]],
+        read_choice(tmp_path / "run/probe.json"),
+    )
+    own = embed_history(mllm, liked=liked, disliked=[], choice=choice)
+    twin = embed_history(mllm, liked=[], disliked=liked, choice=choice)
+    np.testing.assert_allclose(user.sem[0], own.sem[0], atol=5e-3)
+    np.testing.assert_allclose(user.core_negative[0], twin.core[0], atol=5e-3)
 
 
 def test_embeddings_are_what_embed_history_gives(finished, inputs):
@@ -217,6 +257,16 @@ def test_words_and_scores_from_pictures(inputs):
 def test_refusals(probe_config, tmp_path):
     with pytest.raises(ConfigError, match="gradient_clip_val=null"):
         probe_config(tmp_path, "trainer.gradient_clip_val=1.0")
+    with pytest.raises(ConfigError, match="probe.core_layer: given by hand, but probe.choice=rule"):
+        probe_config(tmp_path, "probe.core_layer=2")
+    with pytest.raises(ConfigError, match="by_hand, but none of probe.sem_layers, .* is given"):
+        probe_config(tmp_path, "probe.choice=by_hand")
+    with pytest.raises(ConfigError, match="names a layer twice"):
+        probe_config(tmp_path, "probe.choice=by_hand", "probe.sem_layers=[2,2]")
+    with pytest.raises(ConfigError, match="'median' is not one of last, image_mean, mean, max"):
+        probe_config(tmp_path, "probe.choice=by_hand", "probe.sem_pooling=median")
+    with pytest.raises(ConfigError, match="no layer 5; the MLLM has 4"):  # before anything is read
+        ProbeModule(probe_config(tmp_path, "probe.choice=by_hand", "probe.sem_layers=[4,5]"))
     module = ProbeModule(probe_config(tmp_path))
     with pytest.raises(CheckpointError, match="fit --stage probe"):
         module.predict(None)

@@ -4,7 +4,7 @@ import torch
 from prefgen.data.reader import ShardReader
 from prefgen.models.mllm import MLLM
 from prefgen.models.packing import PackedBatch
-from prefgen.models.questions import QuestionCounts
+from prefgen.models.questions import DISLIKED_MARK, QuestionCounts
 from prefgen.stages.features import load_features, read_users, user_images
 from prefgen.stages.vqa.data import DrawRules, PixelSource, VQACollate, VQADataset
 
@@ -24,13 +24,13 @@ def users(reader):
     return tuple(read_users(reader, positions=range(len(reader))))
 
 
-def dataset(users, *, empty_side_rate=0.0, num_liked=(1, 4), seed=0):
+def dataset(users, *, empty_side_rate=0.0, num_liked=(1, 4), num_disliked=(1, 4), dislikes=1, seed=0):
     rules = DrawRules(
         purpose="train",
         num_liked=num_liked,
-        num_disliked=(1, 4),
+        num_disliked=num_disliked,
         empty_side_rate=empty_side_rate,
-        counts=QuestionCounts(like=4),
+        counts=QuestionCounts(like=4, dislikes=dislikes),
     )
     return VQADataset(users, rules=rules, seed=seed)
 
@@ -57,6 +57,21 @@ def test_either_side_may_be_empty(users):
     assert any(not one.liked for one in drawn)
     assert any(not one.disliked for one in drawn)
     assert all(one.liked or one.disliked for one in drawn)
+
+
+def test_histories_without_disliked_images_still_ask_about_them(users):
+    """The study's arm without dislikes: data.num_disliked=[0,0] questions.dislikes=0."""
+    data = dataset(users, num_disliked=(0, 0), dislikes=0, empty_side_rate=0.5)
+    for index, user in enumerate(users):
+        _, asked = data.example(index, epoch=0)
+        first_disliked = user.first_row + len(user.history.liked)
+        shown = [piece for piece in asked.item.history if isinstance(piece, int)]
+        assert shown
+        assert max(shown) < first_disliked
+        assert DISLIKED_MARK not in asked.item.history
+        assert "dislikes" not in asked.kinds
+        answers = [right for kind, right in zip(asked.kinds, asked.correct, strict=True) if kind == "like"]
+        assert sorted(answers) == [0, 0, 1, 1]
 
 
 def test_query_images_are_no_references(users):

@@ -79,22 +79,30 @@ class AlignLossConfig:
     """Weight of the cross-entropy of finding the own text among the group's."""
     infonce_temperature: float = 0.07
     """Temperature of that cross-entropy."""
+    sliced_wasserstein_weight: float = 0.0
+    """Weight of the squared sliced Wasserstein distance between a group and its texts, in units of the texts'
+    spread. It compares sets, as the MMD does, and sees the same texts (align.pairing)."""
+    sliced_wasserstein_projections: int = 64
+    """Random directions of that distance, drawn anew at each step."""
 
     def __post_init__(self) -> None:
         """Check sizes, weights and the bandwidth's spelling."""
         at_least("align.group_size", self.group_size, minimum=2)
-        weights = [f"{name}_weight" for name in ("mmd", "mse", "cosine", "infonce")]
+        weights = [f"{name}_weight" for name in ("mmd", "mse", "cosine", "infonce", "sliced_wasserstein")]
         for name in weights:
             at_least(f"align.{name}", getattr(self, name), minimum=0)
         require(
             any(not given(value := getattr(self, name)) or value > 0 for name in weights),
-            f"align: all of {', '.join(weights)} are 0, so nothing would be learned; set one above 0",
+            f"align: all of {', '.join(weights)} are 0, so nothing would be learned; set one above 0, or, to "
+            "leave the projector as it starts, pass optim.learning_rate=0 trainer.max_steps=1",
         )
         require(
             len(self.multipliers) > 0 and min(self.multipliers) > 0,
             f"align.multipliers: {list(self.multipliers)} must be numbers above 0",
         )
         at_least("align.infonce_temperature", self.infonce_temperature, minimum=1e-4)
+        projections = self.sliced_wasserstein_projections
+        at_least("align.sliced_wasserstein_projections", projections, minimum=1)
         if given(self.bandwidth):
             require(
                 _is_bandwidth(self.bandwidth),

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from prefgen.config import resolve_path
 from prefgen.data.embeddings import EmbeddingReader
+from prefgen.data.sampling import rng_for
 from prefgen.evaluate import alignment
 from prefgen.mmd import mmd2
 from prefgen.mmd.bandwidth import mean_bandwidth, median_bandwidth
@@ -83,7 +84,7 @@ class AlignModule(StageModule):
         Args:
             aligned: (B,Dtext).
             own_text: (B,Dtext) for the point-wise terms.
-            mmd_text: (B,Dtext) for the MMD.
+            mmd_text: (B,Dtext) for the terms that compare sets: MMD and sliced Wasserstein.
         """
         settings = self.config.align
         # A loss in bf16 would see clouds as equal that differ in their third digit.
@@ -100,6 +101,17 @@ class AlignModule(StageModule):
                 terms["cosine"] = (1 - functional.cosine_similarity(ours, texts)).mean()
             if settings.infonce_weight:
                 terms["infonce"] = grouped_infonce(ours, texts, settings=settings)
+            if settings.sliced_wasserstein_weight:
+                others = (mmd_text - self.projector.text_mean) / self.projector.text_scale
+                directions = draw_directions(
+                    settings.sliced_wasserstein_projections,
+                    width=others.shape[1],
+                    seed=self.config.seed,
+                    step=self.global_step,
+                ).to(others)
+                terms["sliced_wasserstein"] = grouped_sliced_wasserstein(
+                    ours, others, directions=directions, group_size=settings.group_size
+                )
         weighted = [getattr(settings, f"{name}_weight") * value for name, value in terms.items()]
         terms["loss"] = torch.stack(weighted).sum()
         return terms
@@ -253,6 +265,30 @@ def grouped_infonce(ours: Tensor, texts: Tensor, *, settings: AlignLossConfig) -
     target = torch.arange(settings.group_size, device=ours.device).expand(len(logits), -1)
     there = functional.cross_entropy(logits, target)
     return (there + functional.cross_entropy(logits.transpose(1, 2), target)) / 2
+
+
+def grouped_sliced_wasserstein(ours: Tensor, texts: Tensor, *, directions: Tensor, group_size: int) -> Tensor:
+    """Mean over groups of the squared sliced Wasserstein-2 distance between a group's rows and its texts.
+
+    On a line the cheapest way to carry one set of points onto another of as many goes in order of size, so
+    the distance along a direction is that between sorted projections. Moving a set by v gives |v|^2 / Dtext
+    on average over directions: the unit of the term mse. (Bonneel et al. 2015; no loss of the paper's.)
+
+    Args:
+        ours: (B,Dtext), B a multiple of ``group_size``.
+        texts: (B,Dtext).
+        directions: (P,Dtext) unit rows.
+        group_size: rows of a group.
+    """
+    shape = (-1, group_size, len(directions))
+    ours, texts = ((rows @ directions.T).reshape(shape).sort(dim=1).values for rows in (ours, texts))
+    return functional.mse_loss(ours, texts)
+
+
+def draw_directions(count: int, *, width: int, seed: int, step: int) -> Tensor:
+    """(count,width) unit rows, uniform on the sphere: a pure function of (seed, step), equal on all ranks."""
+    rng = rng_for(seed=seed, epoch=step, key="", purpose="align directions")
+    return functional.normalize(torch.from_numpy(rng.standard_normal((count, width))), dim=1)
 
 
 def fixed_bandwidth(text: Tensor, *, rule: str) -> Tensor:

@@ -9,6 +9,9 @@ from prefgen.config import DataConfig, RequiredInput, StageConfig, TrainerConfig
 from prefgen.config_mllm import MLLMConfig
 from prefgen.inputs import history_shards, lora_folder
 
+Pooling = Literal["last", "image_mean", "mean", "max"]
+"""As ``prefgen.models.pooling.Pooling``, which stands behind torch."""
+
 
 @dataclass
 class ProbeDataConfig(DataConfig):
@@ -36,6 +39,9 @@ class ProbeDataConfig(DataConfig):
     """Target images a user."""
     intra_references: int = 8
     """References of either side before the target."""
+    sides: Literal["both", "liked"] = "both"
+    """Which references stand in a history, in the probes and in what predict writes: liked leaves the
+    disliked ones out, except for a user without a liked one, for whom nothing else speaks."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -62,15 +68,42 @@ class ProbeModelConfig(MLLMConfig):
 class ProbeSectionConfig:
     """How core and sem are chosen from the grids."""
 
-    choice: Literal["rule", "paper"] = "rule"
+    choice: Literal["rule", "paper", "by_hand"] = "rule"
     """rule: sem from the four layers and the pooling that tell like from dislike best;
-    paper: last token of the top four layers. core is the best inter-user cell of the upper half in both."""
+    paper: last token of the top four layers. core is the best inter-user cell of the upper half in both.
+    by_hand: what the next four keys give, and the rule for the rest."""
+    sem_layers: tuple[int, ...] = ()
+    """by_hand: layers of sem, 1 (lowest) to the MLLM's number of layers; empty leaves them to the rule."""
+    sem_pooling: Pooling | None = None
+    """by_hand: pooling of sem; null leaves it to the rule."""
+    core_layer: int | None = None
+    """by_hand: layer of core; null leaves it to the rule."""
+    core_pooling: Pooling | None = None
+    """by_hand: pooling of core; null leaves it to the rule."""
     num_resamples: int = 1000
     """Bootstrap resamplings of users behind each interval."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("probe.num_resamples", self.num_resamples, minimum=10)
+        keys = ("sem_layers", "sem_pooling", "core_layer", "core_pooling")
+        named = [f"probe.{key}" for key in keys if getattr(self, key)]
+        by_hand = self.choice == "by_hand"
+        require(
+            not named or by_hand,
+            f"{', '.join(named)}: given by hand, but probe.choice={self.choice}; pass probe.choice=by_hand",
+        )
+        require(
+            bool(named) or not by_hand,
+            f"probe.choice=by_hand, but none of {', '.join(f'probe.{key}' for key in keys)} is given",
+        )
+        for layer in self.sem_layers:
+            at_least("probe.sem_layers", layer, minimum=1)
+        at_least("probe.core_layer", self.core_layer, minimum=1)
+        require(
+            len(set(self.sem_layers)) == len(self.sem_layers),
+            f"probe.sem_layers={list(self.sem_layers)} names a layer twice",
+        )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -100,6 +101,7 @@ class ProbeData(LightningDataModule):
                 num_draws=data.inter_train_draws,
                 num_references=data.inter_references,
                 seed=seed,
+                sides=data.sides,
             ),
             train_features=held_out.features,
             test=inter_samples(
@@ -108,18 +110,21 @@ class ProbeData(LightningDataModule):
                 num_draws=data.inter_test_draws,
                 num_references=data.inter_references,
                 seed=seed,
+                sides=data.sides,
             ),
             test_features=held_out.features,
         )
-        intra = {
-            "num_references": data.intra_references,
-            "num_queries": data.intra_queries,
-            "seed": seed,
-        }
+        intra = partial(
+            intra_samples,
+            num_references=data.intra_references,
+            num_queries=data.intra_queries,
+            seed=seed,
+            sides=data.sides,
+        )
         self.prompts["intra"] = TaskPrompts(
-            train=intra_samples(train.users[: data.intra_users], **intra),
+            train=intra(train.users[: data.intra_users]),
             train_features=train.features,
-            test=intra_samples(held_out.users, **intra),
+            test=intra(held_out.users),
             test_features=held_out.features,
         )
 

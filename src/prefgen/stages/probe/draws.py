@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,13 @@ from prefgen.data.sampling import rng_for
 from prefgen.models.packing import PackItem
 from prefgen.models.prompts import Piece
 from prefgen.models.questions import UserRows, draw_queries, history_pieces, like_question, list_question
+
+Sides = Literal["both", "liked"]
+
+
+def shown_disliked(disliked: Sequence[int], *, liked: Sequence[int], sides: Sides) -> tuple[int, ...]:
+    """The disliked references shown beside the liked ones; see ``ProbeDataConfig.sides``."""
+    return () if sides == "liked" and len(liked) else tuple(disliked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,13 @@ class ProbeSamples:
 
 
 def inter_samples(
-    users: Sequence[UserRows], *, part: str, num_draws: int, num_references: int, seed: int
+    users: Sequence[UserRows],
+    *,
+    part: str,
+    num_draws: int,
+    num_references: int,
+    seed: int,
+    sides: Sides = "both",
 ) -> ProbeSamples:
     """Which user is this? Each draw is read at "What does this user like?".
 
@@ -43,9 +57,10 @@ def inter_samples(
         num_draws: draws a user.
         num_references: references of either side; at most the half.
         seed: of halves and draws.
+        sides: which references are shown; the others are drawn all the same.
     """
     items = [
-        _inter_item(user, part=part, draw=draw, num_references=num_references, seed=seed)
+        _inter_item(user, part=part, draw=draw, num_references=num_references, seed=seed, sides=sides)
         for user in users
         for draw in range(num_draws)
     ]
@@ -54,9 +69,12 @@ def inter_samples(
 
 
 def intra_samples(
-    users: Sequence[UserRows], *, num_references: int, num_queries: int, seed: int
+    users: Sequence[UserRows], *, num_references: int, num_queries: int, seed: int, sides: Sides = "both"
 ) -> ProbeSamples:
-    """Liked (1) or disliked (0) target, read at the end of "Does this user like this image?"."""
+    """Liked (1) or disliked (0) target, read at the end of "Does this user like this image?".
+
+    The targets are the same whichever sides are shown.
+    """
     items, labels, owners = [], [], []
     for number, user in enumerate(users):
         rng = rng_for(seed=seed, epoch=0, key=user.history.user_id, purpose="probe intra")
@@ -69,7 +87,8 @@ def intra_samples(
             like_question(user.rows("liked" if is_liked else "disliked", positions=[position])[0])
             for is_liked, position in queries
         ]
-        items.append(PackItem(history=_pieces(user, liked=liked, disliked=disliked), questions=questions))
+        pieces = _pieces(user, liked=liked, disliked=disliked, sides=sides)
+        items.append(PackItem(history=pieces, questions=questions))
         labels += [int(is_liked) for is_liked, _ in queries]
         owners += [number] * len(queries)
     return ProbeSamples(
@@ -77,7 +96,9 @@ def intra_samples(
     )
 
 
-def _inter_item(user: UserRows, *, part: str, draw: int, num_references: int, seed: int) -> PackItem:
+def _inter_item(
+    user: UserRows, *, part: str, draw: int, num_references: int, seed: int, sides: Sides
+) -> PackItem:
     key = user.history.user_id
     halves = rng_for(seed=seed, epoch=0, key=key, purpose="probe halves")
     rng = rng_for(seed=seed, epoch=draw, key=key, purpose=f"probe inter {part}")
@@ -86,11 +107,12 @@ def _inter_item(user: UserRows, *, part: str, draw: int, num_references: int, se
         order = halves.permutation(size)
         half = order[: size // 2] if part == "test" else order[size // 2 :]
         chosen.append(rng.permutation(half)[:num_references].tolist())
-    pieces = _pieces(user, liked=chosen[0], disliked=chosen[1])
+    pieces = _pieces(user, liked=chosen[0], disliked=chosen[1], sides=sides)
     return PackItem(history=pieces, questions=[list_question("likes")])
 
 
-def _pieces(user: UserRows, *, liked: Sequence[int], disliked: Sequence[int]) -> list[Piece]:
+def _pieces(user: UserRows, *, liked: Sequence[int], disliked: Sequence[int], sides: Sides) -> list[Piece]:
+    disliked = shown_disliked(disliked, liked=liked, sides=sides)
     return history_pieces(
         user.rows("liked", positions=liked), disliked=user.rows("disliked", positions=disliked)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from prefgen.stages.base import shard_root
 from prefgen.stages.features import model_hash, user_images
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.data import load_split
+from prefgen.stages.probe.draws import Sides, shown_disliked
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,15 @@ def probe_lineage(config: ProbeConfig, *, choice: LayerChoice) -> dict[str, str]
     return {**model_lineage(config), "probe": hash_json(choice_to_json(choice))}
 
 
-def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int, sparse: bool = False) -> Draw:
+def draw_of(
+    history: UserHistory,
+    *,
+    draw: int,
+    num_references: int,
+    seed: int,
+    sparse: bool = False,
+    sides: Sides = "both",
+) -> Draw:
     """Reference draw number ``draw`` of a user.
 
     Args:
@@ -60,13 +69,15 @@ def draw_of(history: UserHistory, *, draw: int, num_references: int, seed: int, 
         seed: of the run.
         sparse: fewer references, of unequal numbers, half the time no disliked one: what a new user begins
             with. Stages that only ever met full histories would be strangers to such a profile.
+        sides: which references are kept; the liked ones are the same either way.
     """
     rng = rng_for(seed=seed, epoch=draw, key=history.user_id, purpose="embedding references")
     liked, disliked = (_most(len(side), wanted=num_references) for side in (history.liked, history.disliked))
     if sparse and liked:
         liked = int(rng.integers(1, liked + 1))
         disliked = int(rng.integers(1, disliked + 1)) if disliked and rng.integers(2) else 0
-    return draw_references(history, num_liked=liked, num_disliked=disliked, rng=rng)
+    drawn = draw_references(history, num_liked=liked, num_disliked=disliked, rng=rng)
+    return replace(drawn, disliked=shown_disliked(drawn.disliked, liked=drawn.liked, sides=sides))
 
 
 def write_embeddings(
@@ -88,6 +99,8 @@ def write_embeddings(
         "choice": choice_to_json(choice),
         "num_references": config.embed.num_references,
         "sparse_share": config.embed.sparse_share,
+        # a list: texts of this header are hashes that later stages hold against each other
+        "sides": ["liked"] if config.data.sides == "liked" else ["liked", "disliked"],
         "seed": config.seed,
     }
     index = read_index(shard_root(config.data.shards, loader=config.loader), kind="histories")
@@ -153,6 +166,7 @@ def _embed_split(
                             num_references=embed.num_references,
                             seed=config.seed,
                             sparse=i >= first_sparse,
+                            sides=config.data.sides,
                         )
                         for i in range(embed.num_draws)
                     ),

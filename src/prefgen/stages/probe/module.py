@@ -22,10 +22,12 @@ from prefgen.models.pooling import POOLINGS, pooled_states
 from prefgen.models.probes import (
     CellAccuracy,
     LayerChoice,
+    LayersByHand,
     ProbeGrid,
     cell_accuracies,
     choose_layers,
     read_choice,
+    rule_words,
 )
 from prefgen.stages.base import StageModule, shard_root
 from prefgen.stages.features import load_mllm, model_hash
@@ -67,6 +69,14 @@ class ProbeModule(StageModule):
         self.config = config
         model = config.model
         self.mllm = load_mllm(model)
+        probe = config.probe
+        self.by_hand = LayersByHand(
+            sem_layers=probe.sem_layers,
+            sem_pooling=probe.sem_pooling,
+            core_layer=probe.core_layer,
+            core_pooling=probe.core_pooling,
+        )
+        self.by_hand.check(num_layers=self.mllm.num_layers)
         if model.lora:
             load_lora(self.mllm, path=resolve_path(model.lora), mllm_hash=model_hash(model.mllm))
         self.frozen = self.mllm.model.requires_grad_(False)
@@ -190,6 +200,7 @@ class ProbeModule(StageModule):
             intra=grids["intra"].cells,
             num_layers=self.mllm.num_layers,
             rule=self.config.probe.choice,
+            by_hand=self.by_hand,
         )
         report = ProbeReport(
             inter=grids["inter"],
@@ -197,6 +208,7 @@ class ProbeModule(StageModule):
             num_layers=self.mllm.num_layers,
             choice=choice,
             rule=self.config.probe.choice,
+            rule_words=rule_words(self.config.probe.choice, by_hand=self.by_hand),
             lineage=probe_lineage(self.config, choice=choice),
         )
         path = write_report(report, path=run_dir / ARTEFACT)

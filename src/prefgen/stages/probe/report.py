@@ -20,7 +20,6 @@ from prefgen.models.probes import (
     LayerChoice,
     choice_to_json,
     control_accuracy,
-    rule_words,
 )
 from prefgen.schema import SCHEMA_VERSION
 
@@ -48,6 +47,7 @@ class ProbeReport:
     num_layers: int
     choice: LayerChoice
     rule: ChoiceRule
+    rule_words: str
     lineage: Mapping[str, str]
 
 
@@ -60,7 +60,7 @@ def write_report(report: ProbeReport, *, path: Path) -> Path:
         "poolings": list(POOLINGS),
         "tasks": {"inter": _task(report.inter), "intra": _task(report.intra)},
         "rule": report.rule,
-        "rule_words": rule_words(report.rule),
+        "rule_words": report.rule_words,
         "choice": choice_to_json(report.choice),
         "intervals": "95 %, bootstrap over users",
     }
