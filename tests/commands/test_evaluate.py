@@ -12,7 +12,9 @@ import torch
 
 from prefgen.cli import main
 from prefgen.evaluate.judges import Judge
+from prefgen.testing.mllm import tiny_mllm
 from prefgen.testing.study import save_tiny_workdir
+from prefgen.testing.viper import save_tiny_viper
 
 ROOT = Path(__file__).parents[2]
 
@@ -279,3 +281,29 @@ def test_more_on_request_and_the_plain_figures_stay(words, report, metrics, tmp_
     assert "Further figures" not in (report / "report.html").read_text(encoding="utf-8")
     seconds = json.loads((out / "timing.json").read_text())["seconds"]
     assert {"feedback", "image_mean", "further figures"} <= set(seconds)
+
+
+def test_an_mllm_and_vipers_proxy_judge_on_request(workdir, words, report, tmp_path, capsys):
+    other = tiny_mllm(tmp_path / "mllm", seed=7)
+    viper = save_tiny_viper(tmp_path / "viper")
+    out = tmp_path / "judged"
+    more = [f"out={out}", f"extra.scorers=[viper:{viper}]", "extra.num_set_resamples=0"]
+    assert main(["evaluate", *words, *more, f"extra.mllm_judge={other}"]) == 0
+    extra = json.loads((out / "metrics.json").read_text())["extra"]
+    judge = extra["mllm_judge"]
+    assert judge["independent"] is True
+    assert (extra["settings"]["mllm_judge"], extra["settings"]["scorers"]) == ("idefics3", ["viper"])
+    assert set(judge["own_against"]) == {"base", "other", "image_only", "words", "real"}
+    row = judge["own_against"]["base"]
+    assert row["wins"]["low"] <= row["wins"]["mean"] <= row["wins"]["high"]
+    assert row["wins"]["num_users"] == 4
+    tables = json.loads((out / "users.json").read_text())["tables"]
+    assert sum(tables["mllm_wins"]["base"]) / 4 == pytest.approx(row["wins"]["mean"], abs=1e-5)
+    assert all(0 < value < 1 for value in tables["viper"]["own"])
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert "What an MLLM would choose for the user" in text
+    assert "not independent" not in text
+    assert "What an MLLM would choose" not in (report / "report.html").read_text(encoding="utf-8")
+    own = workdir / "models" / "mllm"
+    assert "is model.mllm, from which stage vqa trained" in refused(capsys, *words, f"extra.mllm_judge={own}")

@@ -18,6 +18,7 @@ FIGURES = {
     "pickscore": ("PickScore", ""),
     "hpsv2": ("HPS v2", ""),
     "imagereward": ("ImageReward", ""),
+    "viper": ("ViPer proxy", "0 to 1, told up to eight liked and disliked images"),
 }
 """Table of users.json -> its heading, and what it says."""
 
@@ -36,6 +37,7 @@ def extra_section(extra: Mapping[str, Any], *, label: Callable[[str], str]) -> s
         label: condition -> its words.
     """
     parts = [_figures(extra, label=label), _margins(extra, label=label), _sets(extra, label=label)]
+    parts += [_mllm_judge(extra.get("mllm_judge", {}), label=label)]
     parts += [_structure(extra.get("structure", {})), _rivals(extra.get("conditions", {}), label=label)]
     body = "".join(parts)
     return f"<h2>Further figures</h2>\n{body}" if body else ""
@@ -103,6 +105,43 @@ def _sets(extra: Mapping[str, Any], *, label: Callable[[str], str]) -> str:
         f"<h3>Distance to the drawings these users like</h3>\n<p>{text(words)}. Comparable within this "
         "table only.</p>\n"
         + table(["condition", *(head for head, _ in SETS.values())], rows=rows, numeric=range(1, 4))
+    )
+
+
+def _mllm_judge(found: Mapping[str, Any], *, label: Callable[[str], str]) -> str:
+    if not found:
+        return ""
+    warning = ""
+    if not found["independent"]:
+        warning = (
+            '<p class="note">This judge counts as not independent: it holds the weights of model.mllm, from '
+            "which stage vqa trained, or model.mllm is no folder to compare them with.</p>\n"
+        )
+    rows = [
+        [
+            text(label(name)),
+            interval(row["wins"]),
+            p_value(row["p_holm"]),
+            number(row["ties"]),
+            interval(row["flips"]),
+            number(row["first_chosen"]),
+        ]
+        for name, row in found["own_against"].items()
+    ]
+    return (
+        f"<h3>What an MLLM would choose for the user</h3>\n{warning}"
+        f"<p>A {text(found['family'])} model is shown up to {found['num_references']} liked and as many "
+        "disliked images, as far as possible such that no picture was drawn from, then own's picture and "
+        "another condition's, once in either order. A pair counts as won where own is chosen both times, and "
+        "half where the answers disagree. Flips: the same place is chosen in both orders, so that the place "
+        f"decides; over all pairs {interval(found['flips'])}. The first place is chosen "
+        f"{number(found['first_chosen'])} of the time. "
+        "Sign-flip tests against one half, p after Holm's correction.</p>\n"
+        + table(
+            ["own against", "wins", "p", "ties", "flips", "first place chosen"],
+            rows=rows,
+            numeric=range(1, 6),
+        )
     )
 
 

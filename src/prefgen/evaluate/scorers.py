@@ -1,7 +1,7 @@
 """Published scorers that work where their weights are given: nothing is ever fetched.
 
-Each entry of ``SCORERS`` says what it measures and what has to lie in the folder. The CLIP-shaped ones and
-DINO are tested with tiny models of the same classes; no real weights have been read here yet.
+Each entry of ``SCORERS`` says what it measures and what has to lie in the folder. The CLIP-shaped ones, DINO
+and ViPer are tested with tiny models of the same classes; no real weights have been read here yet.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.errors import ConfigError
+from prefgen.evaluate.viper import load_viper
 
-Kind = Literal["prompt", "embedding", "pair"]
+Kind = Literal["prompt", "embedding", "pair", "history"]
 
 
 class PromptScorer(Protocol):
@@ -40,6 +41,19 @@ class PairScorer(Protocol):
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """(B,) float32 of pixels (B,3,H,W) in [-1,1]."""
+
+
+class HistoryScorer(Protocol):
+    """A picture and what its user liked and disliked -> a number, larger is better."""
+
+    def score(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        liked: Sequence[Image.Image],
+        disliked: Sequence[Image.Image],
+    ) -> Tensor:
+        """(B,) float32 of one user's pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +208,14 @@ SCORERS: dict[str, Scorer] = {
         load=_load_reward,
         packages=("ImageReward",),
     ),
+    "viper": Scorer(
+        kind="history",
+        what="ViPer's proxy (arXiv 2407.17365): how much the user would like a picture, by the history",
+        weights="the published adapter (adapter_model.safetensors) with its Idefics2 in base/",
+        load=load_viper,
+    ),
 }
-"""Name -> scorer. ViPer's proxy is not among them: its question format is part of code that was not read."""
+"""Name -> scorer."""
 
 
 def find_scorer(name: str, *, weights: Path) -> Scorer:

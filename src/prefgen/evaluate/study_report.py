@@ -14,6 +14,7 @@ Study = Mapping[str, Any]
 COLUMNS = {
     "utility": "utility",
     "own_wins": "own wins",
+    "mllm_wins": "own wins, MLLM judge",
     "liked_hits": "liked shown",
     "disliked_hits": "disliked shown",
     "prompt_fidelity": "prompt fidelity",
@@ -98,7 +99,7 @@ def _main(study: Study) -> list[Block]:
             "the own picture has the higher utility, ties half. Liked and disliked shown: share of the "
             "user's attribute groups. CLIP by the pipeline's own encoders, which feed the profile too. FID "
             "and KID on the judge's last hidden layer, CMMD on image embeddings, against the drawings these "
-            "users like, means over seeds."
+            "users like, means over seeds." + about_mllm_judge(study.get("mllm_judge", {}))
         ),
         Grid(
             head=("condition", *(COLUMNS[name] for name in known), *(SET_COLUMNS[name] for name in sets)),
@@ -125,6 +126,17 @@ def _main(study: Study) -> list[Block]:
             ),
         ),
     ]
+
+
+def about_mllm_judge(judge: Mapping[str, Any]) -> str:
+    """What the MLLM judge's column says and whether it is independent; nothing where none was asked."""
+    if not judge:
+        return ""
+    words = "" if judge["independent"] else " It counts as not independent: see the single reports."
+    return (
+        f" MLLM judge: how often a {judge['family']} model chooses own in both orders, half where its "
+        f"answers disagree; the order decided {number(judge['flips']['mean'], digits=2)} of the pairs.{words}"
+    )
 
 
 def p_value(value: float) -> str:

@@ -90,6 +90,7 @@ def collect(plan: Plan, *, work: Path, seed: int = 0) -> dict[str, Any]:
         "curves": curves([one for one in known if one.run.table == "curve"], seed=seed),
         "structure": main[0].metrics.get("extra", {}).get("structure", {}),
         "rivals": main[0].metrics.get("extra", {}).get("conditions", {}),
+        "mllm_judge": main[0].metrics.get("extra", {}).get("mllm_judge", {}),
         "probe": main[0].metrics.get("probe", {}),
         "trials": trials(plan, work=work),
         "costs": costs(plan, work=work),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from prefgen.config import RequiredInput, at_least, build_config, given, preset_file, require
+from prefgen.config import RequiredInput, at_least, build_config, given, preset_file, require, resolve_path
 from prefgen.inputs import embedding_shards, history_shards, lora_folder, mllm_folder, pipeline_folder
 
 
@@ -121,7 +121,12 @@ class EvaluateExtraSection:
     save_pictures: bool = False
     """Write all pictures as PNG files into OUT/pictures, for 'prefgen evaluate humans' and galleries."""
     scorers: tuple[str, ...] = ()
-    """Published scorers as [name:folder of weights]: dino, lpips, pickscore, hpsv2, imagereward."""
+    """Published scorers as [name:folder of weights]: dino, lpips, pickscore, hpsv2, imagereward, viper."""
+    mllm_judge: str = ""
+    """Folder of a multimodal LLM, another than model.mllm, that says of own and each other condition which
+    picture the user would choose, in both orders, behind evaluate.num_references images of either side."""
+    allow_own_mllm_judge: bool = False
+    """Let extra.mllm_judge be model.mllm; the report then says that the judge is not independent."""
     dislike_weight: float = 0.5
     """image_minus: how much of the mean disliked embedding is taken off the mean liked one."""
     feedback_references: int = 4
@@ -186,6 +191,14 @@ class EvaluateConfig:
                 bool(self.model.inject_image_only),
                 f"extra.conditions={fed[0]} needs model.inject_image_only, which is empty",
             )
+        judge, own = self.extra.mllm_judge, self.model.mllm
+        if judge and given(judge, own) and not self.extra.allow_own_mllm_judge:
+            require(
+                resolve_path(judge).resolve() != resolve_path(own).resolve(),
+                f"extra.mllm_judge={judge} is model.mllm, from which stage vqa trained; name another "
+                "multimodal LLM, or pass extra.allow_own_mllm_judge=true to have the report say that it is "
+                "not independent",
+            )
         at_least("num_threads", self.num_threads, minimum=1)
         at_least("seed", self.seed, minimum=0)
 
@@ -209,6 +222,10 @@ class EvaluateConfig:
             inputs.append(
                 _needed("model.inject_image_only", model.inject_image_only, "image-only adapter", fit)
             )
+        if self.extra.mllm_judge:
+            fetch = f"hf download REPO --local-dir {self.extra.mllm_judge}"
+            judge = _needed("extra.mllm_judge", self.extra.mllm_judge, "multimodal LLM to judge", fetch)
+            inputs.append(judge)
         return tuple(inputs)
 
 
@@ -216,6 +233,7 @@ _MEMBERS = {
     "projector": "projector.safetensors",
     "user adapter": "user_adapter.safetensors",
     "image-only adapter": "user_adapter.safetensors",
+    "multimodal LLM to judge": "config.json",
 }
 """The file that must lie in a run folder; judge and probe.json are files themselves."""
 

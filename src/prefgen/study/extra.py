@@ -18,9 +18,10 @@ from prefgen.evaluate.judges import Judge
 from prefgen.evaluate.likeness import HistoryLikeness, PairCosine, UserDiversity
 from prefgen.evaluate.per_user import MeanScore, PerUserMetric
 from prefgen.evaluate.preference import AttributeHits, user_wins
-from prefgen.evaluate.scorers import SCORERS, ImageEmbedder, load_scorer
+from prefgen.evaluate.scorers import SCORERS, HistoryScorer, ImageEmbedder, load_scorer
 from prefgen.evaluate.set_distances import CMMD, FrechetDistance, KernelDistance, bootstrap_sets
 from prefgen.evaluate.strengths import EloRatings
+from prefgen.evaluate.viper import MAX_PAIRS
 from prefgen.models.clip import Clip
 from prefgen.models.pixels import to_pil
 from prefgen.study.config import EvaluateExtraSection
@@ -217,6 +218,8 @@ def _scored(case: _Case, *, scorers: Sequence[str]) -> dict[str, dict[str, Table
                 pairs = scorer.distance(pixels[:, :-1].flatten(0, 1), pixels[:, 1:].flatten(0, 1))
                 owners = torch.arange(len(pixels)).repeat_interleave(pixels.shape[1] - 1)
                 metric.update(pairs, users=owners)
+            elif kind == "history":
+                _score_by_history(scorer, metric=metric, pixels=pixels, users=case.users)
             rows[condition] = case.full(metric)
         tables[name] = rows
     return tables
@@ -234,6 +237,19 @@ def _likeness_by(embedder: ImageEmbedder, *, pixels: Tensor, case: _Case) -> His
         users=case.owners,
     )
     return metric
+
+
+def _score_by_history(
+    scorer: HistoryScorer, *, metric: PerUserMetric, pixels: Tensor, users: Sequence[StudyUser]
+) -> None:
+    """Users who have nothing on one side of their history are passed over."""
+    for number, user in enumerate(users):
+        liked = user.liked[user.held_back("liked", count=MAX_PAIRS)]
+        disliked = user.disliked[user.held_back("disliked", count=MAX_PAIRS)]
+        if len(liked) and len(disliked):
+            told = {"liked": to_pil(liked), "disliked": to_pil(disliked)}
+            scores = scorer.score(to_pil(pixels[number]), **told)
+            metric.update(scores, users=torch.full((len(scores),), number))
 
 
 def _elo(case: _Case) -> dict[str, Any]:

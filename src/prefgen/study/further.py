@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from prefgen.config import resolve_path
 from prefgen.evaluate.judges import Judge
@@ -18,6 +19,7 @@ from prefgen.study.config import EvaluateConfig
 from prefgen.study.drawing import Studio
 from prefgen.study.extra import Extra, extra_figures
 from prefgen.study.judged import Intervals, Judged
+from prefgen.study.mllm_judge import Choices, MLLMJudge, ask_mllm_judge
 from prefgen.study.structure import structure_figures
 from prefgen.study.users import StudyUser
 
@@ -36,6 +38,7 @@ class ExtraWork:
         users: U users.
         drawn: condition -> (U,P,3,H,W).
         judged: the judge's word on them.
+        mllm_judge: an MLLM that chooses between pictures, if one is asked.
     """
 
     config: EvaluateConfig
@@ -44,6 +47,7 @@ class ExtraWork:
     users: Sequence[StudyUser]
     drawn: Mapping[str, Tensor]
     judged: Judged
+    mllm_judge: MLLMJudge | None = None
 
     def run(
         self, *, words: Sequence[str], facts: Mapping[str, Mapping[str, Any]], margins: NDArray[np.float64]
@@ -58,21 +62,41 @@ class ExtraWork:
         extra = self.config.extra
         if extra.save_pictures:
             self._save_pictures(margins)
-        if not (extra.figures or extra.conditions or extra.scorers):
+        measured = bool(extra.figures or extra.scorers or self.mllm_judge)
+        if not (measured or extra.conditions):
             return {}, {}
-        figures: dict[str, Any] = {"settings": asdict(extra) | {"scorers": self._scorer_names()}}
+        figures: dict[str, Any] = {"settings": asdict(extra) | self._names()}
         figures["conditions"] = {name: dict(found) for name, found in facts.items()}
-        if not (extra.figures or extra.scorers):
+        if not measured:
             return {"extra": figures}, {}
         found = self._figures(words)
         figures |= found.figures
+        if self.mllm_judge is not None:
+            choices = self._choices(self.mllm_judge)
+            figures["mllm_judge"] = choices.figures
+            found.tables["mllm_wins"] = choices.wins
         figures["structure"] = self._structure()
         figures["missing"] = list(found.missing)
         return {"extra": figures}, self._tables(found)
 
-    def _scorer_names(self) -> list[str]:
-        """Without places: a report does not change by moving a folder."""
-        return [word.partition(":")[0] for word in self.config.extra.scorers]
+    def _names(self) -> dict[str, Any]:
+        """Settings that name places, without them: a report does not change by moving a folder."""
+        judge = self.mllm_judge
+        return {
+            "scorers": [word.partition(":")[0] for word in self.config.extra.scorers],
+            "mllm_judge": judge.family if judge is not None else "",
+        }
+
+    def _choices(self, judge: MLLMJudge) -> Choices:
+        total = (len(self.drawn) - 1) * sum(len(user.prompts) for user in self.users)
+        with tqdm(total=total, unit="pair", desc="MLLM judge") as bar:
+            return ask_mllm_judge(
+                judge,
+                users=self.users,
+                drawn=self.drawn,
+                intervals=self._intervals(),
+                progress=bar.update,
+            )
 
     def _intervals(self) -> Intervals:
         return Intervals(seed=self.config.seed, num_resamples=self.config.evaluate.num_resamples)

@@ -32,6 +32,7 @@ from prefgen.study.judged import (
     preference_figures,
     worst_users,
 )
+from prefgen.study.mllm_judge import MLLMJudge
 from prefgen.study.stages import RUNS, align_figures, probe_figures, run_figures
 from prefgen.study.users import StudyUser, load_users, prompt_pool
 
@@ -85,13 +86,13 @@ def run_study(config: EvaluateConfig) -> StudyResult:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to out={out}: {error.strerror}; pass out=FOLDER") from None
-    judge = Judge.load(resolve_path(config.model.judge))
+    judge, mllm_judge = Judge.load(resolve_path(config.model.judge)), MLLMJudge.find(config)
     metrics: dict[str, Any] = {"version": METRICS_VERSION, "seed": config.seed}
     metrics["settings"] = _settings(config)
     metrics |= _stage_figures(config)
     with clock.part("questions"):
         metrics |= _questions(config, judge=judge)
-    pictures, shown, tables = _pictures(config, judge=judge, clock=clock)
+    pictures, shown, tables = _pictures(config, judge=judge, mllm_judge=mllm_judge, clock=clock)
     metrics |= pictures
     metrics["missing"] = [*_missing(metrics, config=config), *metrics.get("extra", {}).get("missing", ())]
     metrics = _rounded(metrics)
@@ -162,7 +163,7 @@ def _questions(config: EvaluateConfig, *, judge: Judge) -> dict[str, Any]:
 
 
 def _pictures(
-    config: EvaluateConfig, *, judge: Judge, clock: _Clock
+    config: EvaluateConfig, *, judge: Judge, mllm_judge: MLLMJudge | None, clock: _Clock
 ) -> tuple[dict[str, Any], list[ShownUser], dict[str, Any]]:
     settings, seed = config.evaluate, config.seed
     studio = open_studio(config)
@@ -221,7 +222,8 @@ def _pictures(
         _shown(users[i], title=titles[i], margin=float(margins[i]), drawn=drawn, row=i, worst=i in worst)
         for i in chosen
     ]
-    work = ExtraWork(config=config, judge=judge, studio=studio, users=users, drawn=drawn, judged=judged)
+    work = ExtraWork(config=config, judge=judge, studio=studio, users=users, drawn=drawn, judged=judged,
+                     mllm_judge=mllm_judge)  # fmt: skip
     with clock.part("further figures") if config.extra != EvaluateExtraSection() else nullcontext():
         found, tables = work.run(words=about_judge["judged"], facts=rivals.facts, margins=margins)
     return figures | found, shown, tables

@@ -62,6 +62,19 @@ class StudyUser:
         count = len(self.history.side(side))
         return [i for i in range(count) if image_key(self.user_id, side, i) in self.references]
 
+    def held_back(self, side: Side, *, count: int) -> list[int]:
+        """Positions of at most ``count`` images of one side, to show to a judge who is to know this user.
+
+        First those that no picture was drawn from and none is shown as ``real``: a copy of a reference must
+        not please for being recognised. References and the anchor fill up what a short history lacks. Ours.
+        """
+        shown = self.shown(side)
+        if side == "liked":
+            shown += [self.anchor_position] if self.anchor_position not in shown else []
+        real = set(self.real) if side == "liked" else set()
+        fresh = [i for i in range(len(self.history.side(side))) if i not in shown and i not in real]
+        return [*fresh, *(i for i in shown if i not in real)][:count] or shown[:count]
+
 
 def prompt_pool(shards: Path, *, known: Sequence[str]) -> tuple[str, ...]:
     """Subjects of the test users' histories that the judge can name, sorted.
