@@ -70,7 +70,6 @@ class ViperProxy:
         scores = []
         for image in images:
             inputs = self.processor(text=prompt, images=[*told, image.convert("RGB")], return_tensors="pt")
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             logits = self.model(**inputs).logits[0, -1, answers].float()
             scores.append(logits.softmax(dim=0)[0])
         return torch.stack(scores)
