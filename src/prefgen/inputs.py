@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prefgen.config import RequiredInput
 
+SMOL_MLLM = "work/smol/mllm"
+"""Where 'make smol' builds the MLLM of the preset smol."""
+
 
 def history_shards(path: str, *, workdir: str) -> RequiredInput:
     """Histories as shards (``data.shards``)."""
@@ -27,14 +30,23 @@ def embedding_shards(path: str, *, workdir: str) -> RequiredInput:
     )
 
 
-def mllm_folder(path: str) -> RequiredInput:
-    """A multimodal LLM that ships with prefgen (``model.mllm``)."""
-    return RequiredInput(
-        key="model.mllm",
-        path=path,
-        what="multimodal LLM",
-        made_by="make foundation",
-        member="config.json",
+def mllm_folder(path: str) -> tuple[RequiredInput, ...]:
+    """A multimodal LLM in a folder (``model.mllm``); nothing for a hub id, which ``from_pretrained`` finds.
+
+    A hub id is OWNER/NAME; what is written with more or fewer parts can be a folder only.
+    """
+    shipped = path.startswith("asset:")
+    if not shipped and path.count("/") == 1 and not path.startswith(("/", ".")):
+        return ()
+    made_by = "make smol" if path == SMOL_MLLM else f"hf download REPO --local-dir {path}"
+    return (
+        RequiredInput(
+            key="model.mllm",
+            path=path,
+            what="multimodal LLM",
+            made_by="make foundation" if shipped else made_by,
+            member="config.json",
+        ),
     )
 
 

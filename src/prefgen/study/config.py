@@ -205,9 +205,7 @@ class EvaluateConfig:
     def required_inputs(self) -> tuple[RequiredInput, ...]:
         """Everything without which there is nothing to evaluate, in the order it is made."""
         model, work = self.model, f"workdir={self.workdir}"
-        inputs = [history_shards(self.data.shards, workdir=self.workdir)]
-        if not _is_hub_id(model.mllm):
-            inputs.append(mllm_folder(model.mllm))
+        inputs = [history_shards(self.data.shards, workdir=self.workdir), *mllm_folder(model.mllm)]
         inputs += [
             pipeline_folder(model.pipeline),
             _needed("model.judge", model.judge, "judge", "make foundation"),
@@ -240,10 +238,6 @@ _MEMBERS = {
 
 def _needed(key: str, path: str, what: str, made_by: str) -> RequiredInput:
     return RequiredInput(key=key, path=path, what=what, made_by=made_by, member=_MEMBERS.get(what, ""))
-
-
-def _is_hub_id(path: str) -> bool:
-    return not path.startswith("asset:") and path.count("/") == 1 and not path.startswith(("/", "."))
 
 
 def load_evaluate_config(

@@ -171,8 +171,5 @@ class VQAConfig(StageConfig):
         )
 
     def required_inputs(self) -> tuple[RequiredInput, ...]:
-        """History shards, and the MLLM if it is a shipped one."""
-        inputs = [history_shards(self.data.shards, workdir=self.workdir)]
-        if self.model.mllm.startswith("asset:"):
-            inputs.append(mllm_folder(self.model.mllm))
-        return tuple(inputs)
+        """History shards, and the MLLM unless it is a hub id."""
+        return (history_shards(self.data.shards, workdir=self.workdir), *mllm_folder(self.model.mllm))
