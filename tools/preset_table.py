@@ -182,12 +182,20 @@ def settled(dtype: str) -> str:
     return "float32" if dtype == "auto" else dtype
 
 
+@cache
+def lora_parameters(path: str, *, rank: int, targets: tuple[str, ...]) -> int:
+    """Parameters of a LoRA on a model of its own: it stays in it."""
+    found = described(path)
+    assert found is not None
+    return measure(found, rank=rank, targets=targets).trainable
+
+
 def vqa_numbers(config: VQAConfig) -> dict[str, Any]:
     """LoRA on the MLLM."""
-    model, mllm, published = config.model, mllm_of(config.model.mllm), described(config.model.mllm)
-    if mllm is None or published is None:
+    model, mllm = config.model, mllm_of(config.model.mllm)
+    if mllm is None:
         return {}
-    trained = measure(published, rank=model.lora_rank, targets=model.lora_targets).trainable
+    trained = lora_parameters(model.mllm, rank=model.lora_rank, targets=tuple(model.lora_targets))
     held = mllm_memory(mllm, dtype=settled(model.frozen_dtype), quantization=model.quantization)
     return {
         "trained": trained,

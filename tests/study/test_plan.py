@@ -267,7 +267,7 @@ def test_the_same_study_with_another_preset(tmp_path):
     assert f"data.shards={shards}" in taste
     steps = [word for _, command in commands for word in command if word.startswith("trainer.max_steps=300")]
     assert steps == []
-    assert "evaluate.num_users=200" in next(c for n, c in commands if n == "main" and c[0] == "evaluate")
+    assert "evaluate.num_prompts=4" in next(c for n, c in commands if n == "main" and c[0] == "evaluate")
     assert "mini" not in paper.about
 
 
