@@ -6,12 +6,16 @@ PYTHON ?= python3
 VENV ?= .venv
 WORK ?= work/demo
 PIP_ARGS ?=
+PRESET ?= mini
+SHARDS ?= work/$(PRESET)/shards
+STAMPS ?= /usr/share/tuxpaint/stamps
 STAMP := $(VENV)/.prefgen-installed
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce reproduce-full parity smol test check lint type format foundation clean
+.PHONY: help install demo reproduce reproduce-full reproduce-stamps parity smol test check lint type format foundation \
+        clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,11 +33,26 @@ install: $(STAMP)  ## make the environment (VENV, default .venv) with every vers
 demo: $(STAMP)  ## train all four stages on drawings, evaluate, print where the report is (WORK, default work/demo)
 	PATH="$(abspath $(BIN)):$$PATH" WORK="$(WORK)" tools/demo.sh
 
-reproduce: $(STAMP)  ## the study: main table over three seeds, eight ablations (WORK, default work/reproduce; resumable)
-	$(BIN)/prefgen evaluate study --plan studies/reproduce.yaml --work $(if $(filter command line environment,$(origin WORK)),$(WORK),work/reproduce)
+# A target's own folder, unless WORK is given.
+folder = $(if $(filter command line environment,$(origin WORK)),$(WORK),$(1))
+other_preset = $(if $(filter-out mini,$(PRESET)),--preset $(PRESET) --shards $(SHARDS))
+
+reproduce: $(STAMP)  ## the study: main table over three seeds, eight ablations (WORK, default work/reproduce; resumable; PRESET=paper SHARDS=DIR)
+	$(BIN)/prefgen evaluate study --plan studies/reproduce.yaml $(other_preset) \
+		--work $(call folder,work/$(if $(filter-out mini,$(PRESET)),$(PRESET)/study,reproduce))
 
 reproduce-full: $(STAMP)  ## the whole study, days on two cores (WORK, default work/reproduce-full; resumable)
-	$(BIN)/prefgen evaluate study --plan studies/reproduce_full.yaml --work $(if $(filter command line environment,$(origin WORK)),$(WORK),work/reproduce-full)
+	$(BIN)/prefgen evaluate study --plan studies/reproduce_full.yaml --work $(call folder,work/reproduce-full)
+
+reproduce-stamps: $(STAMP)  ## main table on Tux Paint's stamps, foundation and all (STAMPS=DIR; WORK, default work/stamps; resumable)
+	test -f $(call folder,work/stamps)/subjects/subjects.json \
+		|| $(BIN)/prefgen data stamps $(STAMPS) --out $(call folder,work/stamps)/subjects
+	test -f $(call folder,work/stamps)/drawings/.whole || { rm -rf $(call folder,work/stamps)/drawings \
+		&& $(BIN)/prefgen data drawings --subjects $(call folder,work/stamps)/subjects --out $(call folder,work/stamps)/drawings \
+		&& touch $(call folder,work/stamps)/drawings/.whole; }
+	$(BIN)/python tools/train_foundation.py --shards $(call folder,work/stamps)/drawings \
+		--work $(call folder,work/stamps)/foundation --out $(call folder,work/stamps)/foundation/out
+	$(BIN)/prefgen evaluate study --plan studies/stamps.yaml --work $(call folder,work/stamps)
 
 parity: $(STAMP)  ## every metric beside a published implementation: the largest differences
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[parity]'

@@ -154,7 +154,7 @@ def test_python_dash_m():
         (("fit", "--stage", "align", "--data.batch_size", "3"), "without dashes: data.batch_size=VALUE"),
         (("fit", "--stage", "align", "trainer.max_steps"), "'trainer.max_steps' is not an override"),
         (("fit", "--stage", "align", "--preset", "minni"), "unknown preset 'minni'"),
-        (("fit", "--stage", "align", "--preset", "paper"), "preset 'paper' has no configuration for stage"),
+        (("fit", "--stage", "align", "--preset", "smol"), "preset 'smol' has no configuration for stage"),
         (("fit", "--stage", "align", "--config", "no.yaml"), "cannot read configuration file no.yaml"),
         (("doctor", "x"), "unexpected word 'x'"),
         (("config",), "the following arguments are required: --stage"),

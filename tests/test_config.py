@@ -248,6 +248,23 @@ def test_every_shipped_configuration_loads(path):
         assert load_config(stage, preset=path.parent.name, overrides=["workdir=elsewhere"]) == config
 
 
+@pytest.mark.parametrize("preset", ["mini", "sd15", "sdxl", "paper"])
+def test_a_preset_carries_from_shards_to_a_report(preset):
+    """Every stage and the evaluation have a file, of one workdir, one MLLM and one pipeline."""
+    stages = {stage: load_config(stage, preset=preset) for stage in STAGES}
+    evaluation = load_evaluate_config(preset=preset)
+    assert {one.workdir for one in (*stages.values(), evaluation)} == {f"work/{preset}"}
+    asking = (stages["vqa"], stages["probe"], evaluation)
+    assert len({one.model.mllm for one in asking}) == 1
+    drawing = (stages["align"], stages["inject"], evaluation)
+    assert len({one.model.pipeline for one in drawing}) == 1
+    if preset != "mini":
+        assert stages["probe"].model.image_encoder == evaluation.model.image_encoder
+        assert stages["inject"].model.image_encoder == evaluation.model.image_encoder
+        found = {one.trainer.precision for one in stages.values()} - {"32-true"}
+        assert found == {"bf16-mixed"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_of_a_stage_has_help(stage):
     assert [key.name for key in stage_keys(stage) if not key.help] == []

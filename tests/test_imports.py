@@ -71,7 +71,25 @@ ALLOWED = {
     "evaluate": {*BASIC, "evaluate", "mmd"},
     "checkpoint": {*BASIC, "checkpoint"},
     "base": {*CONFIG, *PACKAGES, "checkpoint", "base"},
-    "study": {*CONFIG, *PACKAGES, "base", "study"},  # the evaluation: stages' files, never a stage's code
+    "study": {
+        *CONFIG,
+        *PACKAGES,
+        "base",
+        "precision",
+        "study",
+    },  # the evaluation: stages' files, never a stage's code
+    "dials": {
+        *CONFIG,
+        *PACKAGES,
+        "base",
+        "study",
+        "profile",
+        "profile_math",
+        "profile_batch",
+        "taste",
+        "painter",
+        "dials",
+    },
     "artefacts": {*BASIC, "artefacts"},
     "judgements": {*BASIC, "judgements"},
     "profile": {*BASIC, *PACKAGES, "checkpoint", "profile"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefgen.data.images import accepted_formats, decode_image, encode_webp, sniff
+from prefgen.data.images import accepted_formats, decode_cutout, decode_image, encode_webp, sniff
 from prefgen.errors import DataError
 
 
@@ -89,6 +89,16 @@ def test_transparent_becomes_white():
 def test_every_mode_becomes_rgb(mode):
     data = encode(Image.new(mode, (3, 3)), "JPEG" if mode == "CMYK" else "PNG")
     assert decode_image(data, where="here").mode == "RGB"
+
+
+@pytest.mark.parametrize(("mode", "alpha"), [("RGBA", 7), ("LA", 7), ("RGB", 255), ("P", 255)])
+def test_cutouts_keep_their_transparency(mode, alpha):
+    colour = {"RGBA": (9, 8, 7, 7), "LA": (9, 7), "RGB": (9, 8, 7), "P": 0}[mode]
+    image = decode_cutout(encode(Image.new(mode, (3, 3), colour), "PNG"), where="here")
+    assert image.mode == "RGBA"
+    assert image.getpixel((1, 1))[3] == alpha
+    with pytest.raises(DataError, match="here: image of 9 x 9 pixels; at most 80"):
+        decode_cutout(encode(Image.new("RGBA", (9, 9)), "PNG"), where="here", max_pixels=80)
 
 
 def test_first_frame_of_an_animation():

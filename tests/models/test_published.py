@@ -9,10 +9,18 @@ from prefgen.models.fusion import FusionShape
 from prefgen.models.ip_adapter import export_ip_adapter, ip_adapter_tensors
 from prefgen.models.sampling import SampleUsers, noise_for, sample
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
-from prefgen.testing.published import SD15, SDXL, meta_unet, random_sd15
+from prefgen.testing.published import SD15, SDXL, image_encoder_on_meta, meta_unet, random_sd15
 
 SD15_WIDTHS = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
 SDXL_WIDTHS = [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10
+
+
+@pytest.mark.parametrize(("model", "millions"), [(SD15, 632.08), (SDXL, 1844.9)], ids=["vit_h", "vit_big_g"])
+def test_the_image_encoders_have_the_published_sizes(model, millions):
+    """The counts that IP-Adapter's page gives for the encoders it was trained with."""
+    encoder = image_encoder_on_meta(model)
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=1e-4)
+    assert encoder.config.projection_dim == model.image_width
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,24 @@ def test_the_report_is_written_in_both_forms(study, capsys):
     assert "not finished: never" in printed
 
 
+def test_presets_that_were_not_run_stand_with_their_command(study):
+    plan, work = study
+    assert collect(plan, work=work)["absent"] == []
+    plan.path.write_text(PLAN + "presets: {paper: {about: large models, words: {}}}\n")
+    found = collect(read_plan(plan.path), work=work)
+    command = (
+        f"prefgen evaluate study --plan {plan.path} --work work/paper/study --preset paper "
+        "--shards work/paper/shards"
+    )
+    assert found["absent"] == [{"preset": "paper", "about": "large models", "command": command}]
+    text = write_study(read_plan(plan.path), work=work, out=work / "out").places["markdown"].read_text()
+    assert "## Not measured here" in text
+    assert f"| paper | large models | {command} |" in text
+    paper = collect(read_plan(plan.path, preset="paper", shards=work), work=work)
+    assert (paper["preset"], paper["absent"]) == ("paper", [])
+    assert paper["about"] == "a try; large models"
+
+
 def test_blocks_say_the_same_in_both_forms_and_escape():
     blocks = [
         Heading(words="A <b>"), Paragraph(words="x & y"), Grid(head=("a", "b"), rows=(("1|2", "3"),)),

@@ -77,7 +77,7 @@ def test_an_unknown_placeholder_is_named(tmp_path):
         plan.commands(plan.runs[0], work=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["reproduce", "reproduce_full"])
+@pytest.mark.parametrize("name", ["reproduce", "reproduce_full", "stamps"])
 def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
     """Every kind of command in the plans is checked as the command line would check it."""
     from prefgen.config import load_config
@@ -104,7 +104,7 @@ def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
                 assert config.extra.figures
                 assert config.out.endswith(f"{run.folder}/report")
                 assert config.seed == 0
-    assert len(checked) > 12
+    assert len(checked) >= (9 if name == "stamps" else 13)
 
 
 def commands_of(plan, run, *, work):
@@ -332,3 +332,62 @@ def test_dry_run_prints_every_command(tmp_path, capsys):
     assert "# second-3\nprefgen config --out" in printed
     assert not (tmp_path / "runs").exists()
     assert sys.executable not in printed
+
+
+def test_the_same_study_with_another_preset(tmp_path):
+    from prefgen.config import load_config
+    from prefgen.study.config import load_evaluate_config
+
+    path, shards = ROOT / "studies" / "reproduce.yaml", tmp_path / "own shards"
+    plain, paper = read_plan(path), read_plan(path, preset="paper", shards=shards)
+    names = [run.folder for run in plain.runs]
+    assert names[0] == "data"
+    assert [run.folder for run in paper.runs] == names[1:]
+    assert paper.claims == plain.claims
+    commands = [
+        (run.name, command) for run in paper.runs for command in paper.commands(run, work=tmp_path / "w")
+    ]
+    for name, command in commands:
+        assert not any("configs/mini" in word or "runs/data/shards" in word for word in command), name
+        file, overrides = None, [word for word in command if "=" in word]
+        if "--config" in command:
+            file = Path(command[command.index("--config") + 1])
+            assert str(file).endswith("configs/paper/inject_image_only.yaml")
+        else:
+            assert command[1:3] == ["--preset", "paper"]
+        if "--stage" in command:
+            stage = command[command.index("--stage") + 1]
+            assert load_config(stage, preset="paper", file=file, overrides=overrides).seed in (0, 1, 2)
+        else:
+            assert load_evaluate_config(preset="paper", overrides=overrides).model.device == "auto"
+    taste = next(command for name, command in commands if name == "taste")
+    assert f"data.shards={shards}" in taste
+    steps = [word for _, command in commands for word in command if word.startswith("trainer.max_steps=300")]
+    assert steps == []
+    assert "evaluate.num_prompts=4" in next(c for n, c in commands if n == "main" and c[0] == "evaluate")
+    assert "mini" not in paper.about
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "paper"}, "pass --shards DIR, as 'prefgen data build' makes it"),
+        ({"preset": "sd15", "shards": Path("x")}, "presets: mini, paper"),
+    ],
+)
+def test_presets_that_do_not_fit_a_plan_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read_plan(ROOT / "studies" / "reproduce.yaml", **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("presets: [paper]", "presets must map names"),
+        ("presets: {paper: {words: {}}}", "preset paper needs about and words"),
+        ("presets: {paper: {about: x, words: {}, steps: 3}}", "unknown key 'steps'"),
+    ],
+)
+def test_presets_of_a_plan_are_checked(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write(tmp_path, PLAN.replace("runs:", f"{text}\nruns:")))

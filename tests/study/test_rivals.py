@@ -83,6 +83,7 @@ def test_all_of_them_draw_and_leave_the_unet_as_it_was(studio, users, base, tiny
         image_only=adapter,
         mllm=str(tiny_study / "models" / "mllm"),
         lora=tiny_study / "vqa" / "lora",
+        in_bf16=False,
         settings=SETTINGS,
         seed=0,
         timed=timed,

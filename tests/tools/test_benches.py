@@ -32,10 +32,28 @@ def test_training_is_timed_in_two_ways(monkeypatch, tmp_path, capsys):
     assert "share" in capsys.readouterr().out
 
 
+def table_of(capsys):
+    """File -> its line's words."""
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+def test_the_mini_preset_is_in_the_table(monkeypatch, capsys):
+    run(monkeypatch, "preset_table.py", "--preset", "mini")
+    found = table_of(capsys)
+    for stage in ("vqa", "probe", "align", "inject", "inject_image_only"):
+        state, _, trained, *_ = found[f"mini/{stage}.yaml"]
+        assert state == "loads"
+        assert float(trained.replace(",", "")) > 0
+    assert found["mini/evaluate.yaml"][0] == "loads"
+    assert found["mini/demo_thresholds.yaml"][:2] == ["no", "stage"]
+
+
 @pytest.mark.slow  # SDXL's layers take their time even without memory
 def test_every_preset_is_in_the_table(monkeypatch, capsys):
     run(monkeypatch, "preset_table.py")
-    lines = capsys.readouterr().out.splitlines()
+    found = table_of(capsys)
     for path in (TOOLS.parent / "configs").glob("*/*.yaml"):
-        assert any(line.startswith(f"{path.parent.name}/{path.name}") for line in lines)
-    assert not any("REFUSED" in line for line in lines)
+        assert found[f"{path.parent.name}/{path.name}"][0] in ("loads", "no"), path
+    assert found["paper/vqa.yaml"][2:4] == ["21.0", "M"]
+    assert found["paper/inject.yaml"][2:] != found["sd15/inject.yaml"][2:]

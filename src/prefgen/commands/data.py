@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from prefgen.commands.data_build import add_build
 from prefgen.commands.data_encode import add_encode
 from prefgen.commands.data_import import add_import
+from prefgen.commands.data_stamps import add_stamps
 from prefgen.errors import ConfigError, DataError
 from prefgen.schema import Split
 
 if TYPE_CHECKING:
+    from prefgen.data.agents.subjects import Subjects
     from prefgen.data.verify import SplitSummary, Summary
 
 
@@ -24,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_agents(actions)
     _add_drawings(actions)
+    add_stamps(actions)
     add_import(actions)
     add_build(actions)
     add_encode(actions)
@@ -44,9 +47,7 @@ def _add_agents(actions: Any) -> None:
     parser.add_argument("--max-images", type=int, default=26, help="most images on either side (26)")
     parser.add_argument("--image-size", type=int, default=64, help="side of an image in pixels (64)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
-    parser.add_argument(
-        "--workers", type=int, default=None, help="processes; changes nothing else (all cores)"
-    )
+    _add_subjects(parser)
     parser.set_defaults(run=run_agents)
 
 
@@ -60,10 +61,24 @@ def _add_drawings(actions: Any) -> None:
     parser.add_argument("--judge", type=int, default=60_000, help="drawings for the judge alone (60000)")
     parser.add_argument("--image-size", type=int, default=64, help="side of a drawing in pixels (64)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
+    _add_subjects(parser)
+    parser.set_defaults(run=run_drawings)
+
+
+def _add_subjects(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--subjects", type=Path, metavar="DIR", help="what 'prefgen data stamps' wrote (OpenMoji's drawings)"
+    )
     parser.add_argument(
         "--workers", type=int, default=None, help="processes; changes nothing else (all cores)"
     )
-    parser.set_defaults(run=run_drawings)
+
+
+def _subjects(folder: Path | None) -> Subjects:
+    from prefgen.data.agents.cutouts import SubjectFolder
+    from prefgen.data.agents.drawings import OPENMOJI
+
+    return OPENMOJI if folder is None else SubjectFolder(folder)
 
 
 def _add_inspect(actions: Any) -> None:
@@ -92,12 +107,13 @@ def run_agents(args: argparse.Namespace) -> int:
         max_images=args.max_images,
         image_size=args.image_size,
         seed=args.seed,
+        subjects=_subjects(args.subjects),
     )
     path = write_agents(args.out, plan=plan, num_workers=args.workers)
     split: Split = next(name for name, count in plan.num_users.items() if count)
     shown = [agent_history(i, split, plan=plan) for i in range(min(4, plan.num_users[split]))]
-    attribute_sheet(seed=args.seed).save(args.out / "attributes.png")
-    history_sheet(shown).save(args.out / "histories.png")
+    attribute_sheet(seed=args.seed, subjects=plan.subjects).save(args.out / "attributes.png")
+    history_sheet(shown, subjects=plan.subjects).save(args.out / "histories.png")
     counts = ", ".join(f"{count:,} {name}" for name, count in plan.num_users.items())
     print(f"{sum(plan.num_users.values()):,} agents ({counts}) are in {path}")
     print(f"look at {args.out / 'attributes.png'} and {args.out / 'histories.png'}")
@@ -115,7 +131,12 @@ def run_drawings(args: argparse.Namespace) -> int:
         "judge": args.judge,
     }
     paths = write_drawings(
-        args.out, counts=counts, seed=args.seed, image_size=args.image_size, num_workers=args.workers
+        args.out,
+        counts=counts,
+        seed=args.seed,
+        image_size=args.image_size,
+        num_workers=args.workers,
+        subjects=_subjects(args.subjects),
     )
     print(f"{sum(counts.values()):,} captioned drawings are in {len(paths)} shards at {args.out}")
     return 0

@@ -11,10 +11,11 @@ from prefgen.study.plan import Plan, read_plan
 
 _EPILOG = """\
 examples:
-  prefgen evaluate study --plan configs/mini/reproduce.yaml --work work/reproduce
-  prefgen evaluate study --plan configs/mini/reproduce.yaml --work work/reproduce --only main --only no_core
-  prefgen evaluate study --plan configs/mini/reproduce.yaml --work work/reproduce --dry-run
-  prefgen evaluate study --plan configs/mini/reproduce.yaml --work work/reproduce --report-only
+  prefgen evaluate study --plan studies/reproduce.yaml --work work/reproduce
+  prefgen evaluate study --plan studies/reproduce.yaml --work work/reproduce --only main --only no_core
+  prefgen evaluate study --plan studies/reproduce.yaml --work work/reproduce --dry-run
+  prefgen evaluate study --plan studies/reproduce.yaml --work work/reproduce --report-only
+  prefgen evaluate study --plan studies/reproduce.yaml --work work/x --preset paper --shards work/paper/shards
 
 Every step is a prefgen command in a process of its own; what is done is written down at once in WORK/runs.
 The same command again goes on where it was stopped. A run that fails is named at the end and stops no other.
@@ -28,6 +29,12 @@ def add_study_parser(subparsers: Any) -> None:
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the plan")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the study")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: WORK/study)")
+    parser.add_argument(
+        "--preset", default="mini", metavar="NAME", help="whose models; the plan names which (default: mini)"
+    )
+    parser.add_argument(
+        "--shards", type=Path, metavar="DIR", help="histories that exist, instead of the plan's own"
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -46,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PrefgenError: a plan that cannot be used, or nothing to report.
     """
-    plan = read_plan(args.plan)
+    plan = read_plan(args.plan, preset=args.preset, shards=args.shards)
     if args.dry_run:
         _print_commands(plan, work=args.work)
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -55,6 +56,22 @@ def decode_image(
     Raises:
         DataError: not an accepted image, too large, or damaged.
     """
+    return _decode(data, where=where, max_pixels=max_pixels, any_format=any_format, to=_to_rgb)
+
+
+def decode_cutout(data: bytes, *, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to RGBA, transparency kept; arguments and errors as :func:`decode_image`."""
+    return _decode(data, where=where, max_pixels=max_pixels, any_format=False, to=_to_rgba)
+
+
+def _decode(
+    data: bytes,
+    *,
+    where: str,
+    max_pixels: int,
+    any_format: bool,
+    to: Callable[[Image.Image], Image.Image],
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its own limit; ours below is the one that counts.
@@ -66,7 +83,7 @@ def decode_image(
                 f"{where}: image of {width} x {height} pixels; at most {max_pixels:,} pixels are accepted"
             )
         image.load()
-        return _to_rgb(image)
+        return to(image)
     except DataError:
         raise
     except Image.DecompressionBombError:
@@ -106,3 +123,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layered).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA")

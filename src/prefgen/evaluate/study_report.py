@@ -56,6 +56,7 @@ def study_blocks(
             failures,
         ),
         *_costs(study),
+        *_absent(study),
         *_made_with(study),
     ]
 
@@ -68,6 +69,20 @@ def _opening(study: Study) -> str:
         "seeds; brackets are 95 % bootstrap intervals over users; p-values are of two-sided sign-flip tests "
         "after Holm's correction over their table."
     )
+
+
+def _absent(study: Study) -> list[Block]:
+    rows = tuple((one["preset"], one["about"], one["command"]) for one in study.get("absent", ()))
+    if not rows:
+        return []
+    return [
+        Heading(words="Not measured here"),
+        Paragraph(
+            words="The same study with other models. None of its numbers stand in this report; these "
+            "commands make them."
+        ),
+        Grid(head=("preset", "models and data", "command"), rows=rows),
+    ]
 
 
 def _verdict(study: Study) -> list[Block]:

@@ -21,6 +21,11 @@ from prefgen.models.scoring import LikeScores, draw_like, like_accuracy
 from prefgen.stages.features import load_features, model_hash, model_source
 
 
+def frozen_dtype(*, in_bf16: bool, device: str) -> torch.dtype:
+    """Number format in which an evaluation holds the MLLM: half of it on a GPU, where 8 B would not fit."""
+    return torch.bfloat16 if in_bf16 and device != "cpu" else torch.float32
+
+
 def ask(
     *,
     mllm: str,
@@ -32,6 +37,7 @@ def ask(
     num_questions: int,
     max_users: int,
     in_bf16: bool,
+    device: str,
     seed: int,
     num_resamples: int,
 ) -> dict[str, Any]:
@@ -42,9 +48,15 @@ def ask(
         DataError: no test users.
     """
     model_id = model_hash(mllm)
-    model = MLLM.load(model_source(mllm))
+    model = MLLM.load(model_source(mllm), dtype=frozen_dtype(in_bf16=in_bf16, device=device), device=device)
     data = load_features(
-        model, shards=shards, split="test", mllm_hash=model_id, cache=feature_cache, in_bf16=in_bf16
+        model,
+        shards=shards,
+        split="test",
+        mllm_hash=model_id,
+        cache=feature_cache,
+        in_bf16=in_bf16,
+        device=device,
     )
     users = [user for user in data.users if user.num_images > 1][: max_users or None]
 

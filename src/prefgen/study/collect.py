@@ -80,6 +80,8 @@ def collect(plan: Plan, *, work: Path, seed: int = 0) -> dict[str, Any]:
     return {
         "version": STUDY_VERSION,
         "about": plan.about,
+        "preset": plan.preset,
+        "absent": absent(plan),
         "seeds": [one.run.seed for one in main],
         "num_users": len(main[0].users),
         "versions": versions(),
@@ -98,6 +100,19 @@ def collect(plan: Plan, *, work: Path, seed: int = 0) -> dict[str, Any]:
         "worst": worst_users(main),
         "missing": missing,
     }
+
+
+def absent(plan: Plan) -> list[dict[str, str]]:
+    """Presets whose numbers are not in this report, each with the command that makes them."""
+    rows = []
+    for name, preset in plan.presets.items():
+        if name != plan.preset:
+            command = (
+                f"prefgen evaluate study --plan {plan.path} --work work/{name}/study --preset {name} "
+                f"--shards work/{name}/shards"
+            )
+            rows.append({"preset": name, "about": preset.about, "command": command})
+    return rows
 
 
 def worst_users(main: Sequence[Evaluated]) -> list[dict[str, Any]]:

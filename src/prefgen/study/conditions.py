@@ -44,6 +44,8 @@ def open_studio(config: EvaluateConfig) -> Studio:
         header=EmbeddingReader(resolve_path(config.data.embeddings), split="test").header,
         unet_dtype=torch.bfloat16 if model.precision == "bfloat16" else torch.float32,
         memory_format=model.memory_format,
+        image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
+        device=model.device,
     )
 
 
@@ -74,13 +76,14 @@ def draw_conditions(
             users,
             adapters=adapters,
             groups=judge.groups,
-            settings=_draw_settings(config),
+            settings=draw_settings(config),
             seed=config.seed,
             progress=bar.update,
         )
 
 
-def _draw_settings(config: EvaluateConfig) -> DrawSettings:
+def draw_settings(config: EvaluateConfig) -> DrawSettings:
+    """How an evaluation draws."""
     settings = config.evaluate
     return DrawSettings(
         num_steps=settings.num_steps,
@@ -112,7 +115,8 @@ def draw_extra(
             image_only=adapters.get("image_only"),
             mllm=config.model.mllm,
             lora=resolve_path(config.model.lora),
-            settings=_draw_settings(config),
+            in_bf16=config.model.precision == "bfloat16",
+            settings=draw_settings(config),
             seed=config.seed,
             timed=timed,
             progress=bar.update,

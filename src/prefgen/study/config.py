@@ -29,6 +29,8 @@ class EvaluateModelConfig:
 
     pipeline: str = "asset:mini/pipeline"
     """Folder of the diffusers pipeline."""
+    image_encoder: str | None = None
+    """Folder of a CLIP image encoder for pipelines that ship none; null takes the pipeline's own."""
     mllm: str = "asset:mini/mllm"
     """Folder or hub id of the multimodal LLM."""
     judge: str = "asset:mini/judge.safetensors"
@@ -48,6 +50,8 @@ class EvaluateModelConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Arithmetic of UNet and MLLM; auto is bfloat16 where the device multiplies it in hardware;
     text encoder, VAE and judge always work in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where MLLM and pipeline work; auto is a GPU where there is one. The judge works on the CPU."""
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
     """Layout of the convolutions."""
 

@@ -61,12 +61,16 @@ class Studio:
         header: Mapping[str, Any],
         unet_dtype: torch.dtype,
         memory_format: Any,
+        image_encoder: str | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.bundle = DiffusionBundle.load(pipeline, memory_format=memory_format)
+        self.bundle = DiffusionBundle.load(
+            pipeline, memory_format=memory_format, image_encoder=image_encoder, device=device
+        )
         # Not unet.to(): diffusers warns of modules to be kept in float32 there, though it lists none.
         torch.nn.Module.to(self.bundle.unet, unet_dtype)
         self.header = header
-        self.projector: SemProjector = load_projector(projector).projector
+        self.projector: SemProjector = load_projector(projector).projector.to(device)
         self._projector_hash = hash_file(projector)
         unet = Path(pipeline) / "unet"
         self._unet_hash = hash_folder(unet) if unet.is_dir() else None
@@ -92,7 +96,7 @@ class Studio:
             where=f"the embeddings beside {path}",
             mend="run 'prefgen fit --stage inject' again on these embeddings",
         )
-        return loaded.adapter
+        return loaded.adapter.to(self.bundle.device)
 
     @torch.no_grad()
     def parts(self, users: Sequence[StudyUser], *, adapter: UserAdapter) -> dict[PartName, Tensor]:
@@ -100,7 +104,7 @@ class Studio:
 
         def rows(name: str) -> Tensor:
             found = [getattr(user.embeddings, name)[list(user.draws)].mean(axis=0) for user in users]
-            return torch.stack([torch.from_numpy(row) for row in found])
+            return torch.stack([torch.from_numpy(row) for row in found]).to(self.bundle.device)
 
         wanted = adapter.fusion.shape.parts
         parts: dict[PartName, Tensor] = {}
@@ -136,8 +140,22 @@ class Studio:
         """
         users = None
         if adapter is not None and parts is not None:
-            adapter.attention.install()
             users = SampleUsers.of(adapter, parts=parts, scale=settings.user_scale)
+        return self.draw_for(prompts, seeds=seeds, settings=settings, users=users, progress=progress)
+
+    @torch.no_grad()
+    def draw_for(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        users: SampleUsers | None,
+        progress: Callable[[int], object],
+    ) -> Tensor:
+        """:meth:`draw` for users whose tokens and scales are known; None draws with the base model."""
+        if users is not None:
+            users.attention.install()
         drawn = []
         try:
             for start in range(0, len(prompts), settings.batch_size):
@@ -153,8 +171,8 @@ class Studio:
                 drawn.append(rounded(pixels))
                 progress(len(pixels))
         finally:
-            if adapter is not None:
-                adapter.attention.remove()
+            if users is not None:
+                users.attention.remove()
         return torch.cat(drawn)
 
     @torch.no_grad()

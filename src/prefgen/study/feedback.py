@@ -129,7 +129,7 @@ class FeedbackBundle(DiffusionBundle):
         self.memory.mode, self.memory.side = "record", side
         self.memory.present[side] = found.present
         flat = found.latents.flatten(0, 1)
-        noise = torch.randn(flat.shape[1:], generator=torch.Generator().manual_seed(_NOISE_SEED))
+        noise = torch.randn(flat.shape[1:], generator=torch.Generator().manual_seed(_NOISE_SEED)).to(flat)
         noisy = self.schedule.add(
             flat, noise=noise.expand_as(flat), timesteps=timesteps.reshape(1).expand(len(flat))
         )
@@ -144,8 +144,8 @@ def encode_references(
     users: Sequence[StudyUser], *, bundle: DiffusionBundle, side: Side, count: int
 ) -> References:
     """The first ``count`` references of each user's profile on one side, encoded; the rest is zeros."""
-    latents = torch.zeros(len(users), count, *bundle.latent_shape)
-    present = torch.zeros(len(users), count, dtype=torch.bool)
+    latents = torch.zeros(len(users), count, *bundle.latent_shape, device=bundle.device)
+    present = torch.zeros(len(users), count, dtype=torch.bool, device=bundle.device)
     for row, user in enumerate(users):
         shown = user.shown(side)[:count]
         if shown:

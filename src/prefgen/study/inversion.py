@@ -193,7 +193,8 @@ def _loss(
     rows = torch.stack([own[i] for own, i in zip(latents, chosen, strict=True)])
     prompts = [user.history.liked[_shown(user)[i]].prompt for user, i in zip(users, chosen, strict=True)]
     timesteps = torch.tensor([int(rng.integers(len(bundle.schedule))) for rng in rngs])
-    noise = draw_noise([int(rng.integers(1 << 31)) for rng in rngs], shape=bundle.latent_shape).noise
+    timesteps = timesteps.to(rows.device)
+    noise = draw_noise([int(rng.integers(1 << 31)) for rng in rngs], shape=bundle.latent_shape).noise.to(rows)
     noisy = bundle.schedule.add(rows, noise=noise, timesteps=timesteps)
     predicted = bundle.denoise(noisy, timesteps=timesteps, text=text.encode(prompts, vectors=vectors))
     return noise_loss(predicted, latents=rows, noise=noise, timesteps=timesteps, schedule=bundle.schedule)

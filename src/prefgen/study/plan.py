@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,17 @@ TABLES: tuple[str, ...] = get_args(Table)
 PLAN_VERSION = 1
 
 _RUN_KEYS = {"name", "seeds", "steps", "table", "group", "words", "curve", "x", "trial"}
-_PLAN_KEYS = {"version", "about", "words", "runs", "claims", "stages"}
+_PLAN_KEYS = {"version", "about", "words", "runs", "claims", "stages", "presets"}
 _DEPTH = 5
+
+PLAIN_PRESET = "mini"
+"""The preset that steps are written for."""
+
+DATA_RUN = "data"
+"""Name of the run that makes the histories, into its folder ``shards``."""
+
+_CONFIGURED = ("fit", "validate", "test", "predict", "evaluate")
+"""Commands that take ``--preset``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,19 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanPreset:
+    """The same study with another preset's models, on histories that exist already.
+
+    Attributes:
+        about: one line: which models, what data.
+        words: placeholders that differ, such as numbers of steps and users.
+    """
+
+    about: str
+    words: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole study.
 
@@ -96,6 +118,9 @@ class Plan:
         runs: in the order they are run.
         claims: what the ablations are held against.
         stages: heading of the cost table -> folder of a run or of a stage in one, for its parameters.
+        presets: other presets that the study can be run with.
+        preset: the one it is run with.
+        shards: histories that exist already; run ``data`` is then left out.
     """
 
     path: Path
@@ -104,6 +129,9 @@ class Plan:
     runs: tuple[Run, ...]
     claims: tuple[Claim, ...] = ()
     stages: Mapping[str, str] | None = None
+    presets: Mapping[str, PlanPreset] = field(default_factory=dict)
+    preset: str = PLAIN_PRESET
+    shards: Path | None = None
 
     def commands(self, run: Run, *, work: Path, values: Mapping[str, str] | None = None) -> list[list[str]]:
         """The words of each step; ``values`` adds placeholders such as ``best``."""
@@ -134,20 +162,37 @@ class Plan:
             if line == before:
                 break
         try:
-            return [word.format(**known) for word in shlex.split(line)]
+            return self._adapted([word.format(**known) for word in shlex.split(line)], runs=runs)
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 f"{self.path}: run {run.name}: no placeholder {error} in {step!r}; known: "
                 f"{', '.join(sorted({*known, 'value', 'best'}))}"
             ) from None
 
+    def _adapted(self, words: list[str], *, runs: Path) -> list[str]:
+        """A command for the preset and the shards at hand: the steps are written for the plain ones."""
+        if self.shards is not None:
+            made = str(runs / DATA_RUN / "shards")
+            words = [word.replace(made, str(self.shards)) for word in words]
+        if self.preset == PLAIN_PRESET:
+            return words
+        words = [word.replace(f"/configs/{PLAIN_PRESET}/", f"/configs/{self.preset}/") for word in words]
+        if words and words[0] in _CONFIGURED and not {"--preset", "--config"} & set(words):
+            words[1:1] = ["--preset", self.preset]
+        return words
 
-def read_plan(path: Path) -> Plan:
+
+def read_plan(path: Path, *, preset: str = PLAIN_PRESET, shards: Path | None = None) -> Plan:
     """Read and check a plan.
 
+    Args:
+        path: the file.
+        preset: whose models the study is run with.
+        shards: histories that exist already, instead of those that run ``data`` would make.
+
     Raises:
-        ConfigError: unreadable, another version, an unknown key or table, a name twice, or a claim about a
-            run that is not there.
+        ConfigError: unreadable, another version, an unknown key or table, a name twice, a claim about a run
+            that is not there, a preset that the plan does not name, or one without shards.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -169,14 +214,43 @@ def read_plan(path: Path) -> Plan:
         for name in (claim.better, claim.than):
             if name not in names:
                 raise ConfigError(f"{path}: claim {claim.words!r} speaks of run {name!r}, which is not there")
+    presets = _presets(content.get("presets", {}), where=str(path))
+    words, about = dict(content.get("words", {})), str(content.get("about", ""))
+    if preset != PLAIN_PRESET:
+        if preset not in presets:
+            raise ConfigError(
+                f"{path} cannot be run with preset {preset!r}; presets: {', '.join((PLAIN_PRESET, *presets))}"
+            )
+        if shards is None:
+            raise ConfigError(
+                f"preset {preset} works on histories of yours; pass --shards DIR, as 'prefgen data build' "
+                "makes it"
+            )
+        words |= presets[preset].words
+        about = f"{about.removesuffix(f', {PLAIN_PRESET} preset')}; {presets[preset].about}"
     return Plan(
         path=path,
-        about=str(content.get("about", "")),
-        words=dict(content.get("words", {})),
-        runs=tuple(runs),
+        about=about,
+        words=words,
+        runs=tuple(run for run in runs if shards is None or run.name != DATA_RUN),
         claims=claims,
         stages=content.get("stages"),
+        presets=presets,
+        preset=preset,
+        shards=shards,
     )
+
+
+def _presets(record: Any, *, where: str) -> dict[str, PlanPreset]:
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: presets must map names to about and words, got {str(record)[:80]}")
+    found = {}
+    for name, one in record.items():
+        if not isinstance(one, dict) or not {"about", "words"} <= set(one):
+            raise ConfigError(f"{where}: preset {name} needs about and words")
+        _check_keys(one, known={"about", "words"}, where=f"{where}: preset {name}")
+        found[str(name)] = PlanPreset(about=str(one["about"]), words=dict(one["words"]))
+    return found
 
 
 def _runs(record: Any, *, where: str) -> list[Run]:

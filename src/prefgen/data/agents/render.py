@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from prefgen.data.agents.drawings import ATTRIBUTION, Concept, concepts, drawings_folder
+from prefgen.data.agents.drawings import OPENMOJI
 from prefgen.data.agents.painters import paint
+from prefgen.data.agents.subjects import Concept, Subjects, pick_picture
 from prefgen.data.agents.world import (
     ATTRIBUTE_GROUPS,
     GROUPS,
@@ -63,6 +64,7 @@ class AgentsPlan:
         image_size: side of the images in pixels.
         seed: of everything.
         taste: how agents care.
+        subjects: what the images show.
     """
 
     num_users: dict[Split, int]
@@ -71,6 +73,7 @@ class AgentsPlan:
     image_size: int = 64
     seed: int = 0
     taste: TasteModel = field(default_factory=TasteModel)
+    subjects: Subjects = OPENMOJI
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_images <= self.max_images:
@@ -101,11 +104,17 @@ def generator_for(seed: int, *parts: str | int) -> np.random.Generator:
 
 
 def encode_webp(
-    concept: Concept, values: npt.NDArray[np.int64], *, size: int, rng: np.random.Generator
+    concept: Concept,
+    values: npt.NDArray[np.int64],
+    *,
+    subjects: Subjects,
+    size: int,
+    rng: np.random.Generator,
 ) -> bytes:
     """Paint and encode losslessly: a lossy codec would blur the very attributes that are to be judged."""
     buffer = io.BytesIO()
-    paint(concept, values, size=size, rng=rng).save(buffer, "webp", lossless=True, quality=20, method=0)
+    drawn = subjects.layers(pick_picture(concept, rng=rng))
+    paint(drawn, values, size=size, rng=rng).save(buffer, "webp", lossless=True, quality=20, method=0)
     return buffer.getvalue()
 
 
@@ -123,7 +132,7 @@ def agent_history(position: int, split: Split, *, plan: AgentsPlan) -> tuple[Use
     user_id = f"{split}-{position:06d}"
     rng = generator_for(plan.seed, "agent", user_id)
     agent = draw_agent(rng, user_id=user_id, split=split, model=plan.taste)
-    pool = [concept for concept in concepts() if concept.test == (split == "test")]
+    pool = [concept for concept in plan.subjects.concepts() if concept.test == (split == "test")]
     taste = taste_matrix(agent)
     images: dict[str, bytes] = {}
     sides: dict[Side, tuple[RatedImage, ...]] = {}
@@ -135,7 +144,9 @@ def agent_history(position: int, split: Split, *, plan: AgentsPlan) -> tuple[Use
         for i in range(count):
             concept = pool[int(rng.integers(len(pool)))]
             path = f"images/{user_id}/{side}-{i:03d}.webp"
-            images[path] = encode_webp(concept, values[i], size=plan.image_size, rng=rng)
+            images[path] = encode_webp(
+                concept, values[i], subjects=plan.subjects, size=plan.image_size, rng=rng
+            )
             rated.append(RatedImage(image=path, prompt=concept.phrase, attributes=attribute_names(values[i])))
         sides[side] = tuple(rated)
     history = UserHistory(
@@ -165,9 +176,13 @@ def write_agents(out: Path, *, plan: AgentsPlan, num_workers: int | None = None)
         The path of ``history.jsonl``.
 
     Raises:
-        DataError: the drawings are not installed, or ``out`` holds a history already.
+        DataError: the pictures cannot be had, there are no subjects for a split, or ``out`` holds a history
+            already.
     """
-    drawings_folder()
+    plan.subjects.check()
+    for split, count in plan.num_users.items():
+        if count and not any(one.test == (split == "test") for one in plan.subjects.concepts()):
+            raise DataError(f"no subject is for {split} agents; ask for 0 of them")
     target = out / HISTORY_FILE
     if target.exists():
         raise DataError(f"{target} exists; choose another --out or remove it first")
@@ -178,7 +193,9 @@ def write_agents(out: Path, *, plan: AgentsPlan, num_workers: int | None = None)
         work = partial(_write_agent, out=out, plan=plan)
         for line in _parallel(work, jobs, num_workers=num_workers, unit="user", title="drawing histories"):
             lines.write(line + "\n")
-    (out / "SOURCE.txt").write_text(f"{ATTRIBUTION}\nMade by `prefgen data agents`, seed {plan.seed}.\n")
+    (out / "SOURCE.txt").write_text(
+        f"{plan.subjects.attribution}\nMade by `prefgen data agents`, seed {plan.seed}.\n"
+    )
     partial_file.replace(target)
     return target
 
@@ -199,7 +216,9 @@ def seen_values(concept: Concept, *, seed: int) -> list[npt.NDArray[np.int64]]:
     return [np.sort(rng.permutation(NUM_VALUES)[: NUM_VALUES // 2]) for _ in GROUPS]
 
 
-def drawing(index: int, *, split: DrawingSplit, seed: int, image_size: int) -> Drawing:
+def drawing(
+    index: int, *, split: DrawingSplit, seed: int, image_size: int, subjects: Subjects = OPENMOJI
+) -> Drawing:
     """Draw one captioned image of the foundation's data: any concept, attributes uniform.
 
     Args:
@@ -210,9 +229,10 @@ def drawing(index: int, *, split: DrawingSplit, seed: int, image_size: int) -> D
             streams of their own and show all values.
         seed: of the whole set.
         image_size: side in pixels.
+        subjects: what is drawn.
     """
     rng = generator_for(seed, "drawing" if split == "train" else split, index)
-    concept = concepts()[int(rng.integers(len(concepts())))]
+    concept = subjects.concepts()[int(rng.integers(len(subjects.concepts())))]
     allowed = seen_values(concept, seed=seed)
     limited = split in ("train", "studies")
     values = np.array([rng.choice(choice) if limited else rng.integers(NUM_VALUES) for choice in allowed])
@@ -223,7 +243,7 @@ def drawing(index: int, *, split: DrawingSplit, seed: int, image_size: int) -> D
         phrase=concept.phrase,
         family=concept.family,
         attributes=attribute_names(values),
-        image=encode_webp(concept, values, size=image_size, rng=rng),
+        image=encode_webp(concept, values, subjects=subjects, size=image_size, rng=rng),
     )
 
 
@@ -244,6 +264,7 @@ def write_drawings(
     image_size: int = 64,
     shard_size: int = 5000,
     num_workers: int | None = None,
+    subjects: Subjects = OPENMOJI,
 ) -> list[Path]:
     """Write captioned shards for the foundation: ``train-000000.tar`` .. and likewise for each split.
 
@@ -252,21 +273,21 @@ def write_drawings(
     ``attributes.json`` beside the shards.
 
     Raises:
-        DataError: the drawings are not installed, or ``out`` holds shards already.
+        DataError: the pictures cannot be had, or ``out`` holds shards already.
     """
     import webdataset
 
-    drawings_folder()
+    subjects.check()
     if list(out.glob("*.tar")):
         raise DataError(f"{out} holds shards already; choose another --out or remove them first")
     out.mkdir(parents=True, exist_ok=True)
     groups = {group: list(values) for group, values in ATTRIBUTE_GROUPS.items()}
-    unseen = [concept.phrase for concept in concepts() if concept.test]
-    about = {"attribution": ATTRIBUTION, "seed": seed, "groups": groups, "unseen": unseen}
+    unseen = [concept.phrase for concept in subjects.concepts() if concept.test]
+    about = {"attribution": subjects.attribution, "seed": seed, "groups": groups, "unseen": unseen}
     (out / "attributes.json").write_text(json.dumps(about, indent=1))
     paths = []
     for split, count in counts.items():
-        work = partial(drawing, split=split, seed=seed, image_size=image_size)
+        work = partial(drawing, split=split, seed=seed, image_size=image_size, subjects=subjects)
         made = _parallel(work, range(count), num_workers=num_workers, unit="image", title=f"drawing {split}")
         for number in range((count + shard_size - 1) // shard_size):
             path = out / f"{split}-{number:06d}.tar"
