@@ -85,10 +85,10 @@ def test_sliced_wasserstein_knows_sets_not_their_order():
     value = grouped_sliced_wasserstein(ours, texts, directions=directions, group_size=4)
     within, across = torch.tensor([2, 0, 1, 3, 7, 6, 5, 4]), torch.tensor([4, 1, 2, 3, 0, 5, 6, 7])
     same = grouped_sliced_wasserstein(ours, texts[within], directions=directions, group_size=4)
-    assert torch.equal(same, value)
+    torch.testing.assert_close(same, value)
     other = grouped_sliced_wasserstein(ours, texts[across], directions=directions, group_size=4)
     assert abs(other - value) > 1e-3
-    assert grouped_sliced_wasserstein(ours, ours[within], directions=directions, group_size=4) == 0
+    assert grouped_sliced_wasserstein(ours, ours[within], directions=directions, group_size=4) < 1e-12
 
 
 def test_sliced_wasserstein_has_the_right_gradient():
@@ -119,7 +119,8 @@ def test_point_wise_terms_join_by_their_weights(make_config):
     expected = terms["mmd"] + 2 * sum(terms[name] for name in names)
     torch.testing.assert_close(terms["loss"], expected)
     same = module.losses(texts, own_text=texts, mmd_text=texts)
-    assert same["mse"] == same["sliced_wasserstein"] == 0
+    assert same["mse"] == 0
+    assert same["sliced_wasserstein"] < 1e-12
     assert same["cosine"] < 1e-6
     assert terms["cosine"] > 0.5
 
@@ -129,7 +130,7 @@ def test_sliced_wasserstein_sees_the_texts_of_the_mmd_not_the_own_ones(make_conf
     ours, others = torch.randn(8, module.projector.shape.text_width), torch.zeros(8, 1)
     terms = module.losses(ours, own_text=others.expand_as(ours), mmd_text=ours)
     assert set(terms) == {"sliced_wasserstein", "loss"}
-    assert terms["loss"] == 0
+    assert terms["loss"] < 1e-12
     terms = module.losses(ours, own_text=ours, mmd_text=others.expand_as(ours))
     torch.testing.assert_close(terms["loss"], 3 * terms["sliced_wasserstein"])
     assert terms["loss"] > 0.1
