@@ -37,7 +37,16 @@ def example_parser(description: str, *, prompt: str, out: str, user_scale: float
 
 
 def open_pipeline(args: argparse.Namespace) -> PrefGenPipeline:
-    """The models that the options name."""
+    """The models that the options name, once it is clear that the grid can be written.
+
+    Raises:
+        ConfigError: there is no such place for the grid.
+        CheckpointError: no such artefacts.
+    """
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write --out {args.out}: {error.strerror}") from None
     return PrefGenPipeline.load(args.artefacts, pipeline=args.pipeline, mllm=args.mllm)
 
 
@@ -45,16 +54,20 @@ def open_profiles(args: argparse.Namespace, *, pipeline: PrefGenPipeline) -> dic
     """Name -> profile, from files or from images.
 
     Raises:
-        ConfigError: neither is given, or two profiles of one name.
+        ConfigError: neither is given, or two of one name.
     """
+    names = [path.stem for path in args.profile]
+    names += [args.liked.name] if args.liked is not None else []
+    if not names:
+        raise ConfigError("whose taste? pass --profile FILE, or --liked DIR and --disliked DIR")
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"two of {', '.join(names)} have one name, by which rows are told apart; rename one"
+        )
     profiles = {path.stem: UserProfile.load(path) for path in args.profile}
-    if len(profiles) < len(args.profile):
-        raise ConfigError("two profiles have one file name; rename one, the rows of the grid are named by it")
     if args.liked is not None:
         disliked = read_images(args.disliked) if args.disliked is not None else []
         profiles[args.liked.name] = pipeline.build_profile(read_images(args.liked), disliked=disliked)
-    if not profiles:
-        raise ConfigError("whose taste? pass --profile FILE, or --liked DIR and --disliked DIR")
     return profiles
 
 
@@ -65,7 +78,6 @@ def save_grid(rows: dict[str, list[Image]], *, title: str, path: Path) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(rows, title=title).save(path, format="PNG")
     except OSError as error:
         raise ConfigError(f"cannot write --out {path}: {error.strerror}") from None

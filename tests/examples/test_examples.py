@@ -106,17 +106,21 @@ def test_both_run_as_typed_and_say_where_the_grid_is(monkeypatch, folder, profil
 
 @pytest.mark.parametrize("name", [OBJECT, CHARACTER])
 def test_mistakes_are_one_line(monkeypatch, folder, profiles, tmp_path, capsys, name):
+    monkeypatch.chdir(tmp_path)  # the grid's place is made first
     models = ["--artefacts", folder, "--pipeline", folder / "pipeline"]
     assert script(monkeypatch, name, *models) == 2
     assert capsys.readouterr().err == (
         "error: whose taste? pass --profile FILE, or --liked DIR and --disliked DIR\n"
     )
-    path = tmp_path / "me.safetensors"
-    profiles["ann"].save(path)
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "grid.png"
-    quick = ["--profile", path, "--num-images", "1", "--steps", "1", "--out", out]
-    assert script(monkeypatch, name, *models, *quick) == 2
-    assert capsys.readouterr().err.startswith(f"error: cannot write --out {out}: ")
+    assert script(monkeypatch, name, *models, "--out", out) == 2
+    assert capsys.readouterr().err == f"error: cannot write --out {out}: File exists\n"
+    path = tmp_path / "me.safetensors"
+    profiles["ann"].save(path)
     assert script(monkeypatch, name, *models, "--profile", path, "--profile", path) == 2
-    assert "two profiles have one file name" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: two of me, me have one name, by which rows are told apart; rename one\n"
+    )
+    assert script(monkeypatch, name, *models, "--profile", path, "--num-images", "0") == 2
+    assert "error: num_images must be at least 1, got 0" in capsys.readouterr().err
