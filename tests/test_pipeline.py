@@ -13,6 +13,7 @@ from PIL import Image
 from prefgen.artefacts import MINI_ASSETS, Artefacts
 from prefgen.errors import CheckpointError, DataError
 from prefgen.lineage import hash_file, hash_folder
+from prefgen.models.calibration import Calibration
 from prefgen.models.pixels import to_pil
 from prefgen.models.projector import load_projector, save_projector
 from prefgen.models.readout import fit_readout, save_readout
@@ -289,6 +290,24 @@ def test_scores_from_the_mllm_are_its_probabilities(pipeline, profile):
     torch.testing.assert_close(lone.values, expected)
     with pytest.raises(DataError, match="at least one liked image of the history, got 0"):
         pipeline.score(LIKED, profile=profile, disliked=DISLIKED)
+
+
+def test_a_calibration_beside_the_lora_corrects_the_probability(folder, pipeline, profile, tmp_path):
+    """A single image asked about behind a single draw: the correction itself, and of its own LoRA only."""
+    plain = pipeline.score(LIKED, profile=profile, liked=LIKED[:1])
+    assert plain.scored_by == "mllm"
+    found = load(folder)
+    found.artefacts = replace(found.artefacts, calibration=tmp_path / "calibration.json")
+    calibration = Calibration(slope=0.5, offset=1.0, num_answers=9, lora=hash_folder(folder / "lora"))
+    calibration.save(tmp_path / "calibration.json")
+    scores = found.score(LIKED, profile=profile, liked=LIKED[:1])
+    assert scores.scored_by == "calibrated mllm"
+    expected = torch.sigmoid(0.5 * torch.logit(plain.values) + 1.0)
+    torch.testing.assert_close(scores.values, expected, atol=1e-5, rtol=0)
+    replace(calibration, lora="f" * 64).save(tmp_path / "calibration.json")
+    with pytest.raises(CheckpointError, match="answers of another LoRA"):
+        found.score(LIKED, profile=profile, liked=LIKED[:1])
+    assert found.score(LIKED, profile=profile).scored_by == "both means", "which needs none"
 
 
 def test_scores_for_a_profile_of_another_lineage_are_refused(pipeline, profile):

@@ -60,4 +60,4 @@ def test_another_width_is_refused():
 def test_equals_keep_their_order_and_every_source_is_explained():
     scores = Scores(values=torch.tensor([0.2, 0.5, 0.2]), scored_by="mllm")
     assert scores.order() == [1, 0, 2]
-    assert set(MEANINGS) == {"both means", "liked mean", "mllm"}
+    assert set(MEANINGS) == {"both means", "liked mean", "mllm", "calibrated mllm"}

@@ -25,7 +25,7 @@ FIGURES = ("vqa_accuracy", "history_blind", "own_vs_base", "own_vs_other", "own_
 
 
 def ship(work: Path, *, out: Path) -> dict[str, Any]:
-    """Copy LoRA, probe.json, projector, readout and user adapter, and write the card.
+    """Copy LoRA, probe.json, projector, readout, user adapter and any calibration, and write the card.
 
     Raises:
         CheckpointError: a part is missing, or belongs to another MLLM than the one in ``out``.
@@ -38,7 +38,10 @@ def ship(work: Path, *, out: Path) -> dict[str, Any]:
             f"{parts.projector} belongs to another MLLM than {out / 'mllm'}; run the demo again"
         )
     sizes = {}
+    (out / "calibration.json").unlink(missing_ok=True)  # of an older LoRA
+    optional = [(parts.calibration, "calibration.json")] if parts.calibration.is_file() else []
     for source, name in (
+        *optional,
         (parts.lora, "lora"),
         (parts.probe, "probe.json"),
         (parts.projector, "projector.safetensors"),

@@ -18,6 +18,7 @@ class Artefacts:
     Attributes:
         mllm: folder or hub id of the MLLM.
         lora: stage vqa's LoRA folder.
+        calibration: of its probability of Yes, by 'prefgen test --stage vqa'; need not be there.
         probe: stage probe's ``probe.json``.
         pipeline: the diffusers pipeline folder, with an image encoder in it.
         projector: stage align's file.
@@ -27,6 +28,7 @@ class Artefacts:
 
     mllm: str
     lora: Path
+    calibration: Path
     probe: Path
     pipeline: Path
     projector: Path
@@ -45,7 +47,7 @@ class Artefacts:
 
         Args:
             folder: a workdir (``vqa/lora``, ``probe/probe.json``, ``align/..``, ``inject/..``) or a folder
-                that holds ``lora/``, ``probe.json``, ``projector.safetensors``,
+                that holds ``lora/``, ``calibration.json``, ``probe.json``, ``projector.safetensors``,
                 ``attribute_readout.safetensors`` and ``user_adapter.safetensors``; None for what ships with
                 prefgen.
             pipeline: the pipeline they were trained with; None for the shipped mini one.
@@ -67,6 +69,7 @@ class Artefacts:
         return Artefacts(
             mllm=str(own if own.is_dir() else MINI_ASSETS / "mllm") if mllm is None else mllm,
             lora=root / parts[0] / "lora",
+            calibration=root / parts[0] / "calibration.json",
             probe=root / parts[1] / "probe.json",
             pipeline=MINI_ASSETS / "pipeline" if pipeline is None else pipeline,
             projector=root / parts[2] / "projector.safetensors",

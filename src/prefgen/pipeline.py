@@ -26,6 +26,7 @@ from PIL import Image
 from prefgen.artefacts import Artefacts
 from prefgen.errors import DataError
 from prefgen.lineage import hash_folder
+from prefgen.models.calibration import Calibration
 from prefgen.models.image_encoder import ImageEncoder
 from prefgen.models.pixels import to_pil
 from prefgen.models.readout import AttributeReadout, ReadWord, load_readout
@@ -145,15 +146,23 @@ class PrefGenPipeline:
 
         The profile holds no history that the MLLM could be asked behind, so its image means are compared:
         :func:`prefgen.ranking.scores_by_vectors`. With the images of the history at hand the MLLM answers
-        "Does this user like this image?": :func:`prefgen.ranking.scores_by_mllm`.
+        "Does this user like this image?": :func:`prefgen.ranking.scores_by_mllm`, with its probability
+        corrected where the artefacts hold a calibration.
 
         Raises:
-            CheckpointError: the profile is of another lineage.
+            CheckpointError: the profile is of another lineage, or the calibration of another LoRA.
             DataError: only disliked images of the history are given.
         """
         if liked or disliked:
             profile.require_lineage(self.taste.lineage, what="the models at hand")
-            return scores_by_mllm(self.taste.mllm, images, liked=liked, disliked=disliked, progress=progress)
+            return scores_by_mllm(
+                self.taste.mllm,
+                images,
+                liked=liked,
+                disliked=disliked,
+                calibration=self._calibration(),
+                progress=progress,
+            )
         encoder = self.image_encoder
         lineage = {"image_encoder": hash_folder(self.artefacts.pipeline / "image_encoder")}
         profile.require_lineage(lineage, what=f"the pipeline {self.artefacts.pipeline}")
@@ -161,6 +170,10 @@ class PrefGenPipeline:
         if progress is not None:
             progress(len(images))
         return scores
+
+    def _calibration(self) -> Calibration | None:
+        path = self.artefacts.calibration
+        return Calibration.load(path, lora=self.taste.lineage["lora"]) if path.is_file() else None
 
     @cached_property
     def readout(self) -> AttributeReadout:

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.errors import CheckpointError, DataError
+from prefgen.models.calibration import Calibration
 from prefgen.models.mllm import MLLM
 from prefgen.models.packing import PackItem, pack_batch
 from prefgen.models.questions import YES_NO, history_pieces, like_question
 from prefgen.profile import UserProfile
 
-ScoredBy = Literal["both means", "liked mean", "mllm"]
+ScoredBy = Literal["both means", "liked mean", "mllm", "calibrated mllm"]
 
 MEANINGS: dict[ScoredBy, str] = {
     "both means": (
@@ -33,7 +34,14 @@ MEANINGS: dict[ScoredBy, str] = {
         "cosine of each image embedding with the profile's mean liked one; no disliked image was seen, so "
         "only the order says something. Not a probability"
     ),
-    "mllm": 'the MLLM\'s probability of "Yes" to "Does this user like this image?" behind the images given',
+    "mllm": (
+        'the MLLM\'s probability of "Yes" to "Does this user like this image?" behind the images given, as '
+        "stated: no calibration.json stands beside the LoRA ('prefgen test --stage vqa' writes one)"
+    ),
+    "calibrated mllm": (
+        'the MLLM\'s probability of "Yes" to "Does this user like this image?" behind the images given, '
+        "corrected by calibration.json to how often it is right about users of no training"
+    ),
 }
 """What the numbers mean, by where they come from."""
 
@@ -95,6 +103,7 @@ def scores_by_mllm(
     num_draws: int = 4,
     max_references: int = 8,
     seed: int = 0,
+    calibration: Calibration | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Ask the MLLM about each image behind the user's history.
@@ -108,6 +117,7 @@ def scores_by_mllm(
             and which of many, should not decide.
         max_references: images of either side in one draw.
         seed: of the draws.
+        calibration: corrects every draw's probability before they are averaged: it was fitted on single ones.
         progress: called with the number of images just answered.
 
     Raises:
@@ -133,8 +143,13 @@ def scores_by_mllm(
         items = [PackItem(history=pieces, questions=questions) for pieces in histories]
         batch = pack_batch(mllm.encoder, items=items).to(mllm.device)
         hidden = mllm.hidden(batch, image_features=features)
-        yes = mllm.choice_logits(batch, hidden=hidden, answers=YES_NO).softmax(-1)[:, 0]
-        found.append(yes.float().cpu().view(len(histories), len(some)).mean(dim=0))
+        yes = mllm.choice_logits(batch, hidden=hidden, answers=YES_NO).softmax(-1)[:, 0].float().cpu()
+        if calibration is not None:
+            yes = torch.from_numpy(calibration.apply(yes.double().numpy())).float()
+        found.append(yes.view(len(histories), len(some)).mean(dim=0))
         if progress is not None:
             progress(len(some))
-    return Scores(values=torch.cat(found) if found else torch.empty(0), scored_by="mllm")
+    return Scores(
+        values=torch.cat(found) if found else torch.empty(0),
+        scored_by="mllm" if calibration is None else "calibrated mllm",
+    )

@@ -200,6 +200,7 @@ def test_scores_from_the_file_or_from_the_model(place, models, profile, tmp_path
     assert run(*score, *sides, *models) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("scored by mllm: the MLLM's probability of")
+    assert "no calibration.json stands beside the LoRA" in lines[-1]
     assert all(0 < float(line.split()[1]) < 1 for line in lines[1:3])
     assert "exists; pass another --out" in fails(capsys, *score, "--out", table, *models)
     assert "--disliked needs the liked images too" in fails(capsys, *score, "--disliked", folder, *models)

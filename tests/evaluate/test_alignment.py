@@ -105,6 +105,14 @@ def test_readable_attributes_planted_absent_and_constant():
     assert math.isnan(areas[2])
 
 
+def test_ranked_likes_count_pairs_of_a_liked_and_another_attribute():
+    scores = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.2, 0.2, 0.2], [1.0, 2.0, 3.0]])
+    labels = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 0], [1, 1, 1]]) > 0
+    areas = alignment.ranked_likes(scores, labels=labels)
+    assert areas[:3].tolist() == [1.0, 0.0, 0.5]
+    assert math.isnan(areas[3])
+
+
 def test_probe_solved_over_users_is_the_one_solved_over_coordinates():
     train, queries = _rows(20, 35), _rows(9, 35, seed=4)
     labels = (_rows(20, 3, seed=5) > 0).double()

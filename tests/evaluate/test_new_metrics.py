@@ -1,5 +1,7 @@
 """What parity does not show: edges, batches, mistakes, intervals."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from prefgen.evaluate.likeness import HistoryDistance, HistoryLikeness, UserDive
 from prefgen.evaluate.preference import AttributeHits
 from prefgen.evaluate.set_distances import CMMD, FrechetDistance, KernelDistance, bootstrap_sets
 from prefgen.evaluate.strengths import EloRatings, bradley_terry
-from prefgen.evaluate.structure import linear_cka, user_cosines
+from prefgen.evaluate.structure import linear_cka, user_cosines, verdict_cosines
 
 
 def test_hits_count_groups_the_user_cares_about_and_judged_words_only():
@@ -154,3 +156,37 @@ def test_draws_that_know_their_user_lie_nearer_to_each_other():
     assert abs(user_cosines(noise, seed=0, num_resamples=100).gap.mean) < 0.2
     with pytest.raises(ValueError, match="2 draws"):
         user_cosines([torch.randn(1, 3)] * 3, seed=0)
+
+
+def verdict_case(*, moved):
+    """8 users, 3 histories, 2 targets each; liked targets move the embedding by so much."""
+    generator = torch.Generator().manual_seed(2)
+    draws, liked = [], []
+    for _ in range(8):
+        verdicts = torch.stack([torch.randperm(2, generator=generator) == 0 for _ in range(3)])
+        step = torch.zeros(5).index_fill(0, torch.tensor([0]), moved)
+        rows = torch.randn(3, 2, 5, generator=generator) + torch.where(verdicts[..., None], step, -step)
+        draws.append(rows)
+        liked.append(verdicts)
+    return draws, liked
+
+
+def test_verdict_cosines_compare_targets_behind_different_histories():
+    draws, liked = verdict_case(moved=1.0)
+    found = verdict_cosines(draws, liked=liked, seed=0, num_resamples=100)
+    centre = torch.cat([own.flatten(0, 1) for own in draws]).double().mean(0)
+    same, different = [], []
+    for own, verdicts in zip(draws, liked, strict=True):
+        pairs = {True: [], False: []}
+        for (h, q), (k, r) in itertools.combinations(itertools.product(range(3), range(2)), 2):
+            if h != k:
+                rows = (own[h, q].double() - centre, own[k, r].double() - centre)
+                pairs[bool(verdicts[h, q] == verdicts[k, r])].append(float(torch.cosine_similarity(*rows, 0)))
+        same.append(np.mean(pairs[True]))
+        different.append(np.mean(pairs[False]))
+    assert found.same.mean == pytest.approx(np.mean(same))
+    assert found.different.mean == pytest.approx(np.mean(different))
+    assert found.gap.low > 0.2
+    nothing = verdict_cosines(*verdict_case(moved=0.0)[:1], liked=liked, seed=0)
+    assert nothing.gap.low < 0 < nothing.gap.high
+    assert verdict_cosines(draws, liked=[torch.ones(3, 2) > 0] * 8, seed=0) is None

@@ -53,7 +53,19 @@ def test_files_and_refusals(tmp_path):
     assert Calibration.load(one.save(tmp_path / "calibration.json")) == one
     with pytest.raises(CheckpointError, match="test --stage vqa"):
         Calibration.load(tmp_path / "nothing.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="no calibration at"):
+        Calibration.load(tmp_path / "list.json")
     with pytest.raises(DataError, match="one kind only"):
         fit_calibration(np.array([0.2, 0.3]), truth=np.array([True, True]))
     with pytest.raises(DataError, match=r"within \[0, 1\]"):
         reliability(np.array([1.2]), truth=np.array([True]))
+
+
+def test_a_calibration_belongs_to_a_lora(tmp_path):
+    path = Calibration(slope=0.5, num_answers=7, lora="a" * 64).save(tmp_path / "calibration.json")
+    assert Calibration.load(path, lora="a" * 64).lora == "a" * 64
+    with pytest.raises(CheckpointError, match="answers of another LoRA .aaaaaaaaaaaa. than .* or delete it"):
+        Calibration.load(path, lora="b" * 64)
+    unknown = Calibration(slope=0.5, num_answers=7).save(tmp_path / "calibration.json")
+    assert Calibration.load(unknown, lora="b" * 64).slope == 0.5

@@ -7,6 +7,8 @@ import torch
 
 from prefgen.config import build_config, load_config
 from prefgen.errors import ConfigError
+from prefgen.lineage import hash_folder
+from prefgen.models.calibration import Calibration
 from prefgen.models.families import FAMILY_NAMES
 from prefgen.run import fit, run_stage
 from prefgen.run_noise import quiet_lightning
@@ -125,6 +127,12 @@ def test_a_test_run_reports_references_groups_and_calibration(tmp_path, shards):
     report = json.loads((tmp_path / "vqa" / "test.json").read_text())
     assert set(report["by_references"]) == {"1", "2", "4"}
     assert set(report["by_group"]) == {"other"}
+    for kind in ("raw", "calibrated"):
+        error = report["calibration_error"][kind]
+        assert 0 <= error["low"] <= error["mean"] <= error["high"] <= 1
+        assert error["mean"] == pytest.approx(report["reliability"][kind]["error"])
+    lora = hash_folder(tmp_path / "vqa" / "lora")
+    assert Calibration.load(tmp_path / "vqa" / "calibration.json", lora=lora).lora == lora
     for name in ("references.png", "reliability.png", "calibration.json"):
         assert (tmp_path / "vqa" / name).stat().st_size > 0
 

@@ -64,11 +64,31 @@ def test_bench_probe_gives_the_same_states_three_ways(work, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_layer_study_compares_three_models(work, capsys):
+def test_layer_study_compares_three_models_and_shuffled_labels(work, capsys):
     settings = ["trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true"]
-    settings += ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2"]
-    settings += ["data.inter_references=2", "data.intra_references=2", "probe.num_resamples=10"]
-    settings += [f"model.mllm={work / 'mllm'}", f"model.lora={work / 'vqa' / 'lora'}", "data.batch_size=16"]
-    tool("layer_study").main(["--workdir", str(work), *settings])
-    assert capsys.readouterr().out.count("| inter |") == 3 * 4
-    assert (work / "layer_study" / "heat_maps.png").is_file()
+    settings += ["trainer.log_every_n_steps=1", "checkpoint.every_n_steps=2", "data.batch_size=16"]
+    settings += ["data.inter_train_draws=3", "data.inter_test_draws=2", "data.inter_references=2"]
+    settings += ["data.intra_references=2", "data.test_histories=2", "probe.num_resamples=10"]
+    settings += [f"model.mllm={work / 'mllm'}", f"model.lora={work / 'vqa' / 'lora'}"]
+    study = tool("layer_study")
+    assert study.main(["--workdir", str(work), *settings]) == 0
+    printed, out = capsys.readouterr().out, work / "layer_study"
+    assert (out / "report.md").read_text() in printed
+    text = (out / "report.md").read_text()
+    for task in ("inter", "intra", "inter_target"):
+        assert text.count(f"\n| {task} |") == 3 * 4 + 3 * 3, "four poolings and three classifiers an MLLM"
+    for name in ("fine-tuned", "before fine-tuning", "random weights"):
+        assert text.count(f"| {name} | core | no target |") == 1 + 1
+        assert f"| {name} | sem | verdict of the target | same, different |" in text
+    assert "| chance |  |  |  | 0.500 | 0.250 |" in text
+    record = json.loads((out / "report.json").read_text())
+    assert set(record) == {"tuned", "base", "random"}
+    lineages = {json.dumps(one["lineage"], sort_keys=True) for one in record.values()}
+    assert len(lineages) == 3
+    for name in ("heat_maps.png", "identification.png", "cosines.png"):
+        assert (out / name).stat().st_size > 10_000
+
+
+def test_layer_study_says_what_is_missing(tmp_path, capsys):
+    assert tool("layer_study").main(["--workdir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"layer_study: error: no history shards at {tmp_path}")

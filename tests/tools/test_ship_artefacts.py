@@ -44,6 +44,16 @@ def test_everything_a_profile_needs_is_copied_with_a_card(tool, work, tmp_path):
     assert json.loads((tmp_path / "out" / "cards" / "artefacts.json").read_text()) == card
 
 
+def test_a_calibration_goes_along_and_an_older_one_does_not_stay(tool, work, tmp_path):
+    tool.ship(work, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "calibration.json").exists()
+    (work / "vqa" / "calibration.json").write_text("{}")
+    assert tool.ship(work, out=tmp_path / "out")["bytes"]["calibration.json"] == 2
+    (work / "vqa" / "calibration.json").unlink()
+    tool.ship(work, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+
 def test_artefacts_of_another_foundation_are_refused(tool, work, tmp_path):
     (weights,) = (tmp_path / "out" / "mllm").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"0000")

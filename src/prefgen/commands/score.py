@@ -19,8 +19,8 @@ examples:
   prefgen score --profile me.safetensors --images pictures/ --liked liked/ --disliked disliked/
 
 The file alone gives an order: it holds means of image embeddings and no image to show the language model.
-With the images of the history the language model is asked about each picture and gives a probability.
-The last line says which of the two was done.
+With the images of the history the language model is asked about each picture and gives a probability,
+corrected where 'prefgen test --stage vqa' has left a calibration.json. The last line says what was done.
 """
 
 _CHUNK = 256

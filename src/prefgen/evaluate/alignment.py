@@ -207,6 +207,23 @@ def readable_attributes(
     return areas
 
 
+def ranked_likes(scores: Tensor, *, labels: Tensor) -> Tensor:
+    """How well each user's liked attributes are ranked above the user's others, ties half.
+
+    Args:
+        scores: (N,A) higher is likelier.
+        labels: (N,A) booleans, user likes attribute.
+
+    Returns:
+        (N,) float64, the area under each user's ROC curve; NaN where a user likes all or none.
+    """
+    areas = torch.full((len(scores),), float("nan"), dtype=torch.float64)
+    for user, liked in enumerate(labels.bool()):
+        if 0 < int(liked.sum()) < len(liked):
+            areas[user] = _area_under_curve(scores[user].double(), positive=liked)
+    return areas
+
+
 def _same_rows(first: Tensor, second: Tensor) -> None:
     if first.ndim != 2 or second.ndim != 2 or len(first) != len(second) or len(first) == 0:
         raise ValueError(

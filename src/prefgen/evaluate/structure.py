@@ -1,4 +1,4 @@
-"""Is the structure of a set of users kept: CKA, and cosines within and between users.
+"""Is the structure of a set of users kept: CKA, cosines within and between users, and what verdicts move.
 
 ``separability`` and ``neighbourhood_overlap`` stand in :mod:`prefgen.evaluate.alignment`.
 """
@@ -79,3 +79,58 @@ def user_cosines(draws: Sequence[Tensor], *, seed: int, num_resamples: int = 100
 
     gaps = [a - b for a, b in zip(within, between, strict=True)]
     return UserCosines(within=estimate(within), between=estimate(between), gap=estimate(gaps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictCosines:
+    """Cosines of one user's embeddings read at targets, from the mean of all users' as in UserCosines.
+
+    Attributes:
+        same: mean cosine of two targets of which the user likes both, or neither.
+        different: mean cosine of a liked and a disliked target.
+        gap: same minus different, user by user: 0 means the embedding does not know the verdict.
+    """
+
+    same: Estimate
+    different: Estimate
+    gap: Estimate
+
+
+def verdict_cosines(
+    draws: Sequence[Tensor], *, liked: Sequence[Tensor], seed: int, num_resamples: int = 1000
+) -> VerdictCosines | None:
+    """How much an embedding read behind a target depends on whether the user likes the target.
+
+    Only targets behind different histories are compared: those behind one history resemble each other anyway,
+    and are liked and disliked by turns.
+
+    Args:
+        draws: for each user (H, Q, D): Q targets behind each of H histories.
+        liked: for each user (H, Q) booleans.
+        seed: of the intervals over users.
+        num_resamples: bootstrap draws over users.
+
+    Returns:
+        None where no user has both kinds of pairs.
+    """
+    rows = torch.cat([own.double().flatten(0, 1) for own in draws])
+    centre = rows.mean(dim=0)
+    same, different = [], []
+    for own, verdicts in zip(draws, liked, strict=True):
+        unit = torch.nn.functional.normalize(own.double().flatten(0, 1) - centre, dim=1)
+        cosines = unit @ unit.T
+        history = torch.arange(len(own)).repeat_interleave(own.shape[1])
+        apart = history[:, None] != history[None]
+        alike = verdicts.flatten()[:, None] == verdicts.flatten()[None]
+        if bool((apart & alike).any()) and bool((apart & ~alike).any()):
+            same.append(float(cosines[apart & alike].mean()))
+            different.append(float(cosines[apart & ~alike].mean()))
+    if not same:
+        return None
+
+    def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
+        return bootstrap(values, seed=seed, draws=num_resamples)
+
+    return VerdictCosines(
+        same=estimate(same), different=estimate(different), gap=estimate(np.subtract(same, different))
+    )

@@ -64,11 +64,13 @@ class Calibration:
         slope: below 1 where the model is too sure.
         offset: above 0 where it says no too often.
         num_answers: how many answers it was fitted on.
+        lora: hash of the LoRA whose answers they were; empty where that is not known.
     """
 
     slope: float = 1.0
     offset: float = 0.0
     num_answers: int = 0
+    lora: str = ""
 
     def apply(self, probability: NDArray[np.float64]) -> NDArray[np.float64]:
         """Corrected probabilities, same shape."""
@@ -81,23 +83,34 @@ class Calibration:
         return path
 
     @staticmethod
-    def load(path: Path) -> Calibration:
+    def load(path: Path, *, lora: str = "") -> Calibration:
         """Read json.
 
+        Args:
+            path: the file.
+            lora: hash of the LoRA whose answers are to be corrected; empty is not compared.
+
         Raises:
-            CheckpointError: absent or damaged.
+            CheckpointError: absent, damaged, or fitted on the answers of another LoRA.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return Calibration(
+            calibration = Calibration(
                 slope=float(found["slope"]),
                 offset=float(found["offset"]),
                 num_answers=int(found["num_answers"]),
+                lora=str(found.get("lora", "")),
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(
                 f"no calibration at {path}; run 'prefgen test --stage vqa' to make it"
             ) from None
+        if lora and calibration.lora and calibration.lora != lora:
+            raise CheckpointError(
+                f"{path} was fitted on the answers of another LoRA ({calibration.lora[:12]}) than this one "
+                f"({lora[:12]}); run 'prefgen test --stage vqa' again, or delete it"
+            )
+        return calibration
 
 
 def fit_calibration(probability: NDArray[np.float64], *, truth: NDArray[np.bool_]) -> Calibration:

@@ -59,11 +59,25 @@ def embed_references(
     batch_size: int = 32,
 ) -> UserStates:
     """Core and sem of many histories over cached features (N, K, D); sem is its layers put end to end."""
+    items = [one.item() for one in references]
+    return embed_items(mllm, items=items, image_features=image_features, choice=choice, batch_size=batch_size)
+
+
+@torch.no_grad()
+def embed_items(
+    mllm: MLLM,
+    *,
+    items: Sequence[PackItem],
+    image_features: Tensor,
+    choice: LayerChoice,
+    batch_size: int = 32,
+) -> UserStates:
+    """Core and sem at every question of the items, in their order: N is the number of questions."""
     layers = sorted({choice.core_layer, *choice.sem_layers})
     core, sem = [], []
-    for start in range(0, len(references), batch_size):
-        items = [one.item() for one in references[start : start + batch_size]]
-        batch = pack_batch(mllm.encoder, items=items).to(mllm.device)
+    for start in range(0, len(items), batch_size):
+        some = items[start : start + batch_size]
+        batch = pack_batch(mllm.encoder, items=some, max_length=mllm.max_length).to(mllm.device)
         pooled = pooled_states(mllm, batch=batch, image_features=image_features, layers=layers)
         core.append(pooled[:, layers.index(choice.core_layer), POOLINGS.index(choice.core_pooling)])
         rows = [layers.index(layer) for layer in choice.sem_layers]

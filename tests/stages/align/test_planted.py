@@ -40,9 +40,7 @@ def _train(*, pairing, group_size, steps=200, sliced=False):
         return projector(UNSEEN.first()[0])
 
 
-@pytest.mark.parametrize(
-    ("sliced", "least"), [(False, 0.8), (True, 0.6)], ids=["mmd", "sliced wasserstein"]
-)
+@pytest.mark.parametrize(("sliced", "least"), [(False, 0.8), (True, 0.6)], ids=["mmd", "sliced wasserstein"])
 def test_small_groups_of_the_same_users_teach_who_is_who(sliced, least):
     aligned, text = _train(pairing="same_users", group_size=8, sliced=sliced), UNSEEN.first()[1]
     result = retrieval(aligned, text, seed=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prefgen.data.reader import ShardReader
+from prefgen.errors import DataError
 from prefgen.models.questions import UserRows
 from prefgen.stages.features import read_users
 from prefgen.stages.probe.draws import inter_samples, intra_samples, shuffled
@@ -36,6 +37,45 @@ def test_train_and_test_draws_share_no_image(users):
         own = users[number]
         assert max(*seen[0], *seen[1]) < own.first_row + own.num_images
         assert min(*seen[0], *seen[1]) >= own.first_row
+
+
+def test_a_target_is_of_the_same_half_and_no_reference(users):
+    """Over all draws of a user: images of train and test, targets included, stay apart."""
+    options = {"num_references": 5, "seed": 0, "with_target": True}
+    seen = {}
+    for part in ("train", "test"):
+        samples = inter_samples(users, part=part, num_draws=6, **options)
+        assert samples.num_places == 2
+        assert len(samples.labels) == len(samples.items) == 6 * len(users)
+        for number, item in zip(samples.labels.tolist(), samples.items, strict=True):
+            plain, asked = item.questions
+            (row,) = [piece for piece in asked.pieces if isinstance(piece, int)]
+            assert row not in images_of(item)
+            assert not [piece for piece in plain.pieces if isinstance(piece, int)]
+            seen.setdefault((part, number), set()).update(images_of(item), [row])
+    for number in range(len(users)):
+        assert not seen["train", number] & seen["test", number]
+
+
+def test_without_a_target_nothing_is_drawn_differently(users):
+    """Fewer references may stand there, since one is kept; the draw itself is the same."""
+    options = {"part": "train", "num_draws": 2, "num_references": 3, "seed": 0}
+    plain, with_target = (inter_samples(users, with_target=flag, **options) for flag in (False, True))
+    assert plain.num_places == 1
+    for one, other in zip(plain.items, with_target.items, strict=True):
+        assert one.history == other.history
+        assert list(one.questions) == list(other.questions)[:1]
+
+
+def test_a_half_without_an_image_to_spare_is_refused(users):
+    history = users[0].history
+    few = replace(users[0], history=replace(history, liked=history.liked[:2], disliked=history.disliked[:2]))
+    options = {"part": "train", "num_draws": 1, "num_references": 3, "seed": 0}
+    assert len(inter_samples([few], **options).items) == 1
+    with pytest.raises(
+        DataError, match="2 liked and 2 disliked images leaves none .*data.inter_target=false"
+    ):
+        inter_samples([few], with_target=True, **options)
 
 
 def test_every_class_has_as_many_samples(users):

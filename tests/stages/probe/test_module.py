@@ -107,6 +107,76 @@ def test_heat_maps_are_pictures(finished):
             assert image.size[0] > 300
 
 
+def test_every_classifier_and_a_target_beside(probe_config, tmp_path):
+    """The first classifier named chooses; the inter-user task is read a second time, behind a target."""
+    run_dir = tmp_path / "run"
+    words = ["probe.classifiers=[ridge,adamw,logistic]", "data.inter_target=true", "trainer.max_steps=3"]
+    config = probe_config(run_dir, *words)
+    module = ProbeModule(config)
+    with quiet_lightning():
+        fit(config, make_module=lambda: module, make_data=lambda: ProbeData(config))
+    plain, target = (module.states[name] for name in ("inter", "inter_target"))
+    assert plain.train.shape == target.train.shape == (36, 16, module.mllm.hidden_size)
+    assert torch.equal(plain.labels, target.labels)
+    assert not torch.isclose(plain.train, target.train).all(-1).any(), "each is read at its own question"
+    report = json.loads((run_dir / "probe.json").read_text())
+    assert list(report["tasks"]) == ["inter", "intra", "inter_target"]
+    for task, grid in report["tasks"].items():
+        assert grid["classifier"] == "ridge"
+        assert list(grid["other_classifiers"]) == ["adamw", "logistic"]
+        assert all(len(cells) == 16 for cells in (grid["cells"], *grid["other_classifiers"].values()))
+        assert (run_dir / f"{task}_user.png").is_file()
+    for task in ("inter", "inter_target"):
+        grid = report["tasks"][task]
+        for cells in (grid["cells"], grid["other_classifiers"]["logistic"]):
+            assert max(cell["accuracy"] for cell in cells) > 2 * grid["chance"]
+        assert grid["control"]["mean"] < 2 * grid["chance"]
+    inter = report["tasks"]["inter"]["cells"]
+    best = max(cell["accuracy"] for cell in inter if cell["layer"] >= 2)
+    core = report["choice"]["core"]
+    assert best in [
+        c["accuracy"] for c in inter if (c["layer"], c["pooling"]) == (core["layer"], core["pooling"])
+    ]
+
+
+def test_a_test_run_measures_users_of_no_training(finished):
+    config, run_dir = finished
+    with quiet_lightning():
+        metrics = use(config, verb="test", module=ProbeModule(config), data=ProbeData(config)).metrics
+    report = json.loads((run_dir / "test.json").read_text())
+    assert (report["num_users"], report["num_left_out"], report["num_histories"]) == (6, 0, 4)
+    assert (report["mean_references"], report["mean_targets"]) == (2, 2)
+    for part in ("core", "sem"):
+        found = report["parts"][part]
+        for place in ("question", "target", "targets"):
+            assert list(found[place]["identification"]) == ["1", "2", "3"]
+            for by_size in found[place]["identification"].values():
+                assert list(by_size) == ["2", "4", "6"]
+                assert all(one["low"] <= one["mean"] <= one["high"] for one in by_size.values())
+            cosines = found[place]["cosines"]
+            assert cosines["gap"]["mean"] == pytest.approx(
+                cosines["within"]["mean"] - cosines["between"]["mean"]
+            )
+            assert 0 <= found[place]["likes"]["mean"] <= 1
+        assert set(found["other_targets"]) == {"within", "between", "gap"}
+        assert set(found["verdict"]) == {"same", "different", "gap"}
+    core = report["parts"]["core"]["question"]
+    assert metrics["test/identification_core"] == pytest.approx(core["identification"]["3"]["6"]["mean"])
+    assert core["identification"]["3"]["2"]["mean"] > 0.6, "hues show in a random model too"
+    assert report["choice"] == json.loads((run_dir / "probe.json").read_text())["choice"]
+    assert (run_dir / "identification.png").is_file()
+
+
+def test_too_few_images_to_test_on_are_refused(finished):
+    config, _ = finished
+    config = replace(config, data=replace(config.data, test_histories=9))
+    with (
+        quiet_lightning(),
+        pytest.raises(DataError, match="0 of 6 have so many; lower data.test_histories=9"),
+    ):
+        use(config, verb="test", module=ProbeModule(config), data=ProbeData(config))
+
+
 def test_checkpoint_holds_probes_only(finished):
     _, run_dir = finished
     (path,) = (run_dir / "checkpoints").glob("step-00000060.ckpt")
@@ -267,6 +337,14 @@ def test_refusals(probe_config, tmp_path):
         probe_config(tmp_path, "probe.choice=by_hand", "probe.sem_pooling=median")
     with pytest.raises(ConfigError, match="no layer 5; the MLLM has 4"):  # before anything is read
         ProbeModule(probe_config(tmp_path, "probe.choice=by_hand", "probe.sem_layers=[4,5]"))
+    for words, message in (
+        ("probe.classifiers=[svm]", r"probe.classifiers=\[svm\] must name one or more of adamw, ridge"),
+        ("probe.classifiers=[ridge,ridge]", "each once"),
+        ("probe.l2=0", "probe.l2=0.0 must be above 0"),
+        ("data.test_histories=1", "data.test_histories=1 must be at least 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            probe_config(tmp_path, words)
     module = ProbeModule(probe_config(tmp_path))
     with pytest.raises(CheckpointError, match="fit --stage probe"):
         module.predict(None)

@@ -12,6 +12,9 @@ from prefgen.inputs import history_shards, lora_folder
 Pooling = Literal["last", "image_mean", "mean", "max"]
 """As ``prefgen.models.pooling.Pooling``, which stands behind torch."""
 
+CLASSIFIERS = ("adamw", "ridge", "logistic")
+"""As prefgen.models.probe_solvers names them, which may not be imported here."""
+
 
 @dataclass
 class ProbeDataConfig(DataConfig):
@@ -33,6 +36,9 @@ class ProbeDataConfig(DataConfig):
     """Draws a user from the other half, to test on; the two share no image."""
     inter_references: int = 5
     """References of either side in such a draw."""
+    inter_target: bool = False
+    """Read the same draws also behind a target image, as a grid of its own beside: does a target help to tell
+    users apart? The choice of layers does not look at it."""
     intra_users: int = 384
     """Training users whose like-or-dislike answers train the intra-user probe; validation users test it."""
     intra_queries: int = 6
@@ -42,6 +48,12 @@ class ProbeDataConfig(DataConfig):
     sides: Literal["both", "liked"] = "both"
     """Which references stand in a history, in the probes and in what predict writes: liked leaves the
     disliked ones out, except for a user without a liked one, for whom nothing else speaks."""
+    test_users: int = 128
+    """Test users whom 'prefgen test' measures core and sem on; 0 takes all."""
+    test_histories: int = 4
+    """Histories that share no image, cut from each of them, with up to data.inter_references a side."""
+    test_targets: int = 1
+    """Target images of either side behind each such history."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -50,7 +62,9 @@ class ProbeDataConfig(DataConfig):
         at_least("data.inter_users", self.inter_users, minimum=2)
         for name in ("inter_train_draws", "inter_test_draws", "inter_references"):
             at_least(f"data.{name}", getattr(self, name), minimum=1)
-        for name in ("intra_users", "intra_queries", "intra_references"):
+        at_least("data.test_users", self.test_users, minimum=0)
+        at_least("data.test_histories", self.test_histories, minimum=2)
+        for name in ("intra_users", "intra_queries", "intra_references", "test_targets"):
             at_least(f"data.{name}", getattr(self, name), minimum=1)
 
 
@@ -80,11 +94,24 @@ class ProbeSectionConfig:
     """by_hand: layer of core; null leaves it to the rule."""
     core_pooling: Pooling | None = None
     """by_hand: pooling of core; null leaves it to the rule."""
+    classifiers: tuple[str, ...] = ("adamw",)
+    """Linear classifiers on the same pooled states, of adamw, ridge and logistic; layers are chosen by the
+    first. adamw trains for trainer.max_steps steps, in any case; the others are solved to the end."""
+    l2: float = 0.01
+    """Strength of ridge and logistic beside the mean loss on standardised states."""
     num_resamples: int = 1000
     """Bootstrap resamplings of users behind each interval."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        names = tuple(self.classifiers)
+        require(
+            0 < len(names) == len(set(names)) and set(names) <= set(CLASSIFIERS),
+            f"probe.classifiers=[{', '.join(names)}] must name one or more of {', '.join(CLASSIFIERS)}, "
+            "each once",
+        )
+        if given(self.l2):
+            require(self.l2 > 0, f"probe.l2={self.l2} must be above 0")
         at_least("probe.num_resamples", self.num_resamples, minimum=10)
         keys = ("sem_layers", "sem_pooling", "core_layer", "core_pooling")
         named = [f"probe.{key}" for key in keys if getattr(self, key)]

@@ -22,6 +22,7 @@ from prefgen.stages.probe.draws import ProbeSamples, inter_samples, intra_sample
 
 Task = Literal["inter", "intra"]
 TASKS: tuple[Task, ...] = get_args(Task)
+"""Tasks by what is asked; inter may be read at two places (data.inter_target)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,30 +89,24 @@ class ProbeData(LightningDataModule):
         self.prompts: dict[Task, TaskPrompts] = {}
 
     def setup(self, stage: str) -> None:
-        """Draw the prompts; nothing to do for predict, which reads the shards itself."""
-        if stage == "predict" or self.prompts:
+        """Draw the prompts; nothing to do for predict and test, which read the shards themselves."""
+        if stage in ("predict", "test") or self.prompts:
             return
         data, seed = self.config.data, self.config.seed
-        train, held_out = self._load("train"), self._load("validation")
+        train, held_out = self.load("train"), self.load("validation")
         inter_users = held_out.users[: data.inter_users]
+        inter = partial(
+            inter_samples,
+            inter_users,
+            num_references=data.inter_references,
+            seed=seed,
+            sides=data.sides,
+            with_target=data.inter_target,
+        )
         self.prompts["inter"] = TaskPrompts(
-            train=inter_samples(
-                inter_users,
-                part="train",
-                num_draws=data.inter_train_draws,
-                num_references=data.inter_references,
-                seed=seed,
-                sides=data.sides,
-            ),
+            train=inter(part="train", num_draws=data.inter_train_draws),
             train_features=held_out.features,
-            test=inter_samples(
-                inter_users,
-                part="test",
-                num_draws=data.inter_test_draws,
-                num_references=data.inter_references,
-                seed=seed,
-                sides=data.sides,
-            ),
+            test=inter(part="test", num_draws=data.inter_test_draws),
             test_features=held_out.features,
         )
         intra = partial(
@@ -128,11 +123,18 @@ class ProbeData(LightningDataModule):
             test_features=held_out.features,
         )
 
-    def _load(self, split: Split) -> SplitFeatures:
+    def load(self, split: Split, *, max_users: int = 0) -> SplitFeatures:
+        """Users of a split with their features; only the first so many, 0 takes all."""
         assert self.trainer is not None
         mllm: MLLM = self.trainer.lightning_module.mllm
         with rank_zero_first(self.trainer):
-            return load_split(self.config, mllm=mllm, split=split, device=self.trainer.strategy.root_device)
+            return load_split(
+                self.config,
+                mllm=mllm,
+                split=split,
+                device=self.trainer.strategy.root_device,
+                users=range(max_users) if max_users else None,
+            )
 
     def train_dataloader(self) -> ResumableLoader[tuple[Task, int], ProbeBatch]:
         """Sample numbers in a new order each epoch."""
@@ -158,6 +160,10 @@ class ProbeData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[int]:
         """One tick: the module measures on all held-out samples, which it keeps."""
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[int]:
+        """One tick: the module reads the test users."""
+        return self.val_dataloader()
 
 
 def load_split(

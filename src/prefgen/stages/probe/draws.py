@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from prefgen.data.sampling import rng_for
+from prefgen.errors import DataError
 from prefgen.models.packing import PackItem
 from prefgen.models.prompts import Piece
 from prefgen.models.questions import UserRows, draw_queries, history_pieces, like_question, list_question
+from prefgen.schema import Side
 
 Sides = Literal["both", "liked"]
 
@@ -29,15 +31,17 @@ class ProbeSamples:
 
     Attributes:
         items: packed rows; several questions may share one.
-        labels: (S,) class of each question, in the order of items and questions.
+        labels: (S,) class of each sample, in the order of items and questions.
         users: (S,) which user a sample belongs to, for intervals.
         num_classes: classes of the task.
+        num_places: questions of one sample, next to each other: places at which it is read.
     """
 
     items: tuple[PackItem, ...]
     labels: Tensor
     users: Tensor
     num_classes: int
+    num_places: int = 1
 
 
 def inter_samples(
@@ -48,6 +52,7 @@ def inter_samples(
     num_references: int,
     seed: int,
     sides: Sides = "both",
+    with_target: bool = False,
 ) -> ProbeSamples:
     """Which user is this? Each draw is read at "What does this user like?".
 
@@ -58,14 +63,33 @@ def inter_samples(
         num_references: references of either side; at most the half.
         seed: of halves and draws.
         sides: which references are shown; the others are drawn all the same.
+        with_target: each draw is read at a second place too, at "Does this user like this image?" behind an
+            image of the same half that is no reference; a side of two or more keeps one for it.
+
+    Raises:
+        DataError: a half has no image left for a target.
     """
     items = [
-        _inter_item(user, part=part, draw=draw, num_references=num_references, seed=seed, sides=sides)
+        _inter_item(
+            user,
+            part=part,
+            draw=draw,
+            num_references=num_references,
+            seed=seed,
+            sides=sides,
+            with_target=with_target,
+        )
         for user in users
         for draw in range(num_draws)
     ]
     labels = torch.arange(len(users)).repeat_interleave(num_draws)
-    return ProbeSamples(items=tuple(items), labels=labels, users=labels, num_classes=len(users))
+    return ProbeSamples(
+        items=tuple(items),
+        labels=labels,
+        users=labels,
+        num_classes=len(users),
+        num_places=2 if with_target else 1,
+    )
 
 
 def intra_samples(
@@ -97,18 +121,42 @@ def intra_samples(
 
 
 def _inter_item(
-    user: UserRows, *, part: str, draw: int, num_references: int, seed: int, sides: Sides
+    user: UserRows,
+    *,
+    part: str,
+    draw: int,
+    num_references: int,
+    seed: int,
+    sides: Sides,
+    with_target: bool,
 ) -> PackItem:
     key = user.history.user_id
     halves = rng_for(seed=seed, epoch=0, key=key, purpose="probe halves")
     rng = rng_for(seed=seed, epoch=draw, key=key, purpose=f"probe inter {part}")
     chosen: list[list[int]] = []
-    for size in (len(user.history.liked), len(user.history.disliked)):
+    free: list[int] = []
+    sizes: tuple[tuple[Side, int], ...] = (
+        ("liked", len(user.history.liked)),
+        ("disliked", len(user.history.disliked)),
+    )
+    for side, size in sizes:
         order = halves.permutation(size)
         half = order[: size // 2] if part == "test" else order[size // 2 :]
-        chosen.append(rng.permutation(half)[:num_references].tolist())
-    pieces = _pieces(user, liked=chosen[0], disliked=chosen[1], sides=sides)
-    return PackItem(history=pieces, questions=[list_question("likes")])
+        most = min(num_references, max(len(half) - 1, 1)) if with_target else num_references
+        drawn = rng.permutation(half).tolist()
+        chosen.append(drawn[:most])
+        free += user.rows(side, positions=drawn[most : most + 1])
+    questions = [list_question("likes")]
+    if with_target:
+        if not free:
+            raise DataError(
+                f"user {key}: half of {sizes[0][1]} liked and {sizes[1][1]} disliked images leaves none for "
+                "a target; use data.inter_target=false"
+            )
+        questions.append(like_question(free[int(rng.integers(len(free)))]))
+    return PackItem(
+        history=_pieces(user, liked=chosen[0], disliked=chosen[1], sides=sides), questions=questions
+    )
 
 
 def _pieces(user: UserRows, *, liked: Sequence[int], disliked: Sequence[int], sides: Sides) -> list[Piece]:

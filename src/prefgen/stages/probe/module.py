@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from prefgen.errors import DataError
 from prefgen.models.lora import load_lora
 from prefgen.models.packing import pack_batch
 from prefgen.models.pooling import POOLINGS, pooled_states
+from prefgen.models.probe_solvers import Classifier, solve_grid
 from prefgen.models.probes import (
     CellAccuracy,
     LayerChoice,
@@ -36,16 +39,19 @@ from prefgen.stages.probe.data import TASKS, ProbeBatch, ProbeData, Task
 from prefgen.stages.probe.draws import ProbeSamples, shuffled
 from prefgen.stages.probe.embed import model_lineage, probe_lineage, write_embeddings
 from prefgen.stages.probe.report import GridReport, ProbeReport, heat_map, write_report
+from prefgen.stages.probe.unseen import unseen_figures, unseen_report, write_unseen_report
 
 logger = logging.getLogger(__name__)
 
 ARTEFACT = "probe.json"
-GridName = Literal["inter", "intra", "inter_control", "intra_control"]
+Reading = Literal["inter", "intra", "inter_target"]
+"""A task at a place: the inter-user task may also be read behind a target image."""
+GridName = Literal["inter", "intra", "inter_target", "inter_control", "intra_control", "inter_target_control"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStates:
-    """Pooled states of one task, float16 on the CPU: (samples, cells, D), cells layer by layer.
+    """Pooled states of one reading, float16 on the CPU: (samples, cells, D), cells layer by layer.
 
     Attributes:
         control_labels: (samples, cells) the training labels, in a random order for each cell.
@@ -86,19 +92,23 @@ class ProbeModule(StageModule):
         ).counts("validation")
         classes = {"inter": min(config.data.inter_users, validation.users), "intra": 2}
         generator = torch.Generator().manual_seed(config.seed)
-        for name in TASKS:
+        self.readings: tuple[Reading, ...] = (
+            *TASKS,
+            *(("inter_target",) if config.data.inter_target else ()),
+        )
+        for name in self.readings:
             for grid in (name, f"{name}_control"):
                 self.grids[grid] = ProbeGrid(
                     num_cells=self.mllm.num_layers * len(POOLINGS),
                     dim=self.mllm.hidden_size,
-                    num_classes=classes[name],
+                    num_classes=classes[_task(name)],
                     generator=generator,
                 )
-        self.states: dict[Task, TaskStates] = {}
+        self.states: dict[Reading, TaskStates] = {}
 
     def setup(self, stage: str) -> None:
         """Run the frozen MLLM once over all prompts, always in the same order so that a resume is exact."""
-        if stage == "predict" or self.states:
+        if stage in ("predict", "test") or self.states:
             return
         data = self.trainer.datamodule
         assert isinstance(data, ProbeData)
@@ -106,21 +116,24 @@ class ProbeModule(StageModule):
         for task, prompts in data.prompts.items():
             train = self._pool(prompts.train, features=prompts.train_features, label=f"{task}, training")
             test = self._pool(prompts.test, features=prompts.test_features, label=f"{task}, held out")
-            self.states[task] = TaskStates(
-                train=train,
-                labels=prompts.train.labels,
-                control_labels=shuffled(
-                    prompts.train.labels, num_cells=train.shape[1], seed=self.config.seed
-                ),
-                test=test,
-                test_labels=prompts.test.labels,
-                test_users=prompts.test.users,
-            )
-            for name in (task, f"{task}_control"):
-                self._grid(cast(GridName, name)).set_statistics(train)
+            for place in range(train.shape[1]):
+                reading: Reading = "inter_target" if place else task
+                self.states[reading] = TaskStates(
+                    train=train[:, place],
+                    labels=prompts.train.labels,
+                    control_labels=shuffled(
+                        prompts.train.labels, num_cells=train.shape[2], seed=self.config.seed
+                    ),
+                    test=test[:, place],
+                    test_labels=prompts.test.labels,
+                    test_users=prompts.test.users,
+                )
+                for name in (reading, f"{reading}_control"):
+                    self._grid(cast(GridName, name)).set_statistics(train[:, place])
 
     @torch.no_grad()
     def _pool(self, samples: ProbeSamples, *, features: Tensor, label: str) -> Tensor:
+        """(samples, places, cells, D) float16 on the CPU."""
         parts, step = [], self.config.data.rows_per_pass
         starts = range(0, len(samples.items), step)
         with self.trainer.precision_plugin.forward_context():
@@ -134,7 +147,7 @@ class ProbeModule(StageModule):
             raise DataError(
                 f"hidden states ({label}) hold NaN or overflow float16; try model.frozen_dtype=float32"
             )
-        return states
+        return states.unflatten(0, (-1, samples.num_places))
 
     def _grid(self, name: GridName) -> ProbeGrid:
         grid = self.grids[name]
@@ -146,16 +159,17 @@ class ProbeModule(StageModule):
     def training_step(self, batch: ProbeBatch) -> Tensor:
         """Sum of all cells' losses, the controls' included: no cell's gradient depends on another's."""
         losses = []
-        for task, numbers in (("inter", batch.inter), ("intra", batch.intra)):
+        for reading in self.readings:
+            numbers: Tensor = getattr(batch, _task(reading))
             share = self.mean_share(len(numbers))
             if not len(numbers):
                 if self.trainer.world_size > 1:  # every rank must touch every parameter
-                    grids = (self._grid(cast(GridName, name)) for name in (task, f"{task}_control"))
+                    grids = (self._grid(cast(GridName, name)) for name in (reading, f"{reading}_control"))
                     losses += [0 * p.sum() for grid in grids for p in grid.parameters()]
                 continue
-            states, rows = self.states[cast(Task, task)], numbers.cpu()
+            states, rows = self.states[reading], numbers.cpu()
             features = states.train[rows].to(self.device)
-            for name, labels in ((task, states.labels), (f"{task}_control", states.control_labels)):
+            for name, labels in ((reading, states.labels), (f"{reading}_control", states.control_labels)):
                 per_cell = self._grid(cast(GridName, name)).loss(
                     features, labels=labels[rows].to(self.device)
                 )
@@ -166,18 +180,29 @@ class ProbeModule(StageModule):
     def validation_step(self, batch: int) -> None:
         """Accuracy of the best cell of each grid on held-out samples, and of the controls on average."""
         del batch
-        for task in TASKS:
-            cells, control = self.accuracies(task), self.accuracies(task, control=True)
+        for reading in self.readings:
+            cells, control = self.accuracies(reading), self.accuracies(reading, control=True)
             best = max(cells, key=lambda cell: cell.accuracy)
-            self.log(f"val/accuracy_{task}", best.accuracy, batch_size=1, sync_dist=True)
+            self.log(f"val/accuracy_{reading}", best.accuracy, batch_size=1, sync_dist=True)
             mean = sum(cell.accuracy for cell in control) / len(control)
-            self.log(f"val/control_{task}", mean, batch_size=1, sync_dist=True)
+            self.log(f"val/control_{reading}", mean, batch_size=1, sync_dist=True)
 
     @torch.no_grad()
-    def accuracies(self, task: Task, *, control: bool = False) -> list[CellAccuracy]:
-        """Each cell's accuracy on the held-out samples, layer by layer."""
-        states = self.states[task]
-        grid = self._grid(cast(GridName, f"{task}_control" if control else task))
+    def accuracies(
+        self, reading: Reading, *, control: bool = False, classifier: Classifier = "adamw"
+    ) -> list[CellAccuracy]:
+        """Each cell's accuracy on held-out samples, layer by layer; ridge and logistic are solved here."""
+        states = self.states[reading]
+        grid = self._grid(cast(GridName, f"{reading}_control" if control else reading))
+        if classifier != "adamw":
+            grid = solve_grid(
+                classifier,
+                states.train,
+                labels=states.control_labels if control else states.labels,
+                num_classes=grid.weight.shape[1],
+                l2=self.config.probe.l2,
+                device=self.device,
+            )
         right = []
         for start in range(0, len(states.test), 512):
             guesses = grid(states.test[start : start + 512].to(self.device)).argmax(-1).cpu()
@@ -190,11 +215,30 @@ class ProbeModule(StageModule):
             num_resamples=self.config.probe.num_resamples,
         )
 
+    @torch.no_grad()
+    def test_step(self, batch: int) -> None:
+        """Core and sem of test users, written by the first rank: :mod:`prefgen.stages.probe.unseen`."""
+        del batch
+        data = self.trainer.datamodule
+        assert isinstance(data, ProbeData)
+        report = unseen_report(
+            self.config,
+            mllm=self.mllm,
+            choice=self.layer_choice(),
+            test=data.load("test", max_users=self.config.data.test_users),
+            train=data.load("train", max_users=self.config.data.intra_users),
+            lineage=model_lineage(self.config),
+        )
+        for name, value in unseen_figures(report).items():
+            self.log(f"test/{name}", value, batch_size=1, sync_dist=True)
+        if self.trainer.is_global_zero:
+            self._show("probe/identification", write_unseen_report(report, folder=self.run_dir))
+
     # Artefact
 
     def export(self, run_dir: Path) -> Path:
         """Write probe.json and the heat maps, and show the maps in TensorBoard."""
-        grids = {task: self._grid_report(task) for task in TASKS}
+        grids: dict[str, GridReport] = {name: self._grid_report(name) for name in self.readings}
         choice = choose_layers(
             inter=grids["inter"].cells,
             intra=grids["intra"].cells,
@@ -203,8 +247,7 @@ class ProbeModule(StageModule):
             by_hand=self.by_hand,
         )
         report = ProbeReport(
-            inter=grids["inter"],
-            intra=grids["intra"],
+            grids=grids,
             num_layers=self.mllm.num_layers,
             choice=choice,
             rule=self.config.probe.choice,
@@ -212,14 +255,9 @@ class ProbeModule(StageModule):
             lineage=probe_lineage(self.config, choice=choice),
         )
         path = write_report(report, path=run_dir / ARTEFACT)
-        for task in TASKS:
-            picture = heat_map(report, task=task, path=run_dir / f"{task}_user.png")
-            for board in self.trainer.loggers:
-                experiment = getattr(board, "experiment", None)
-                if hasattr(experiment, "add_image"):
-                    experiment.add_image(  # type: ignore[union-attr]
-                        f"probe/{task}_user", picture, self.trainer.global_step, dataformats="HWC"
-                    )
+        for reading in self.readings:
+            picture = heat_map(report, reading=reading, path=run_dir / f"{reading}_user.png")
+            self._show(f"probe/{reading}_user", picture)
         logger.info(
             "core: layer %d, %s; sem: layers %s, %s",
             choice.core_layer,
@@ -229,14 +267,24 @@ class ProbeModule(StageModule):
         )
         return path
 
-    def _grid_report(self, task: Task) -> GridReport:
+    def _grid_report(self, reading: Reading) -> GridReport:
+        names = cast(tuple[Classifier, ...], tuple(self.config.probe.classifiers))
         return GridReport(
-            cells=tuple(self.accuracies(task)),
-            control=tuple(self.accuracies(task, control=True)),
-            num_classes=self._grid(task).weight.shape[1],
-            num_train=len(self.states[task].labels),
-            num_users=len(self.states[task].test_users.unique()),  # type: ignore[no-untyped-call]
+            classifiers={name: tuple(self.accuracies(reading, classifier=name)) for name in names},
+            control=tuple(self.accuracies(reading, control=True, classifier=names[0])),
+            num_classes=self._grid(reading).weight.shape[1],
+            num_train=len(self.states[reading].labels),
+            num_users=len(self.states[reading].test_users.unique()),  # type: ignore[no-untyped-call]
         )
+
+    def _show(self, name: str, picture: NDArray[np.uint8]) -> None:
+        """A picture in TensorBoard, if there is one."""
+        for board in self.trainer.loggers:
+            experiment = getattr(board, "experiment", None)
+            if hasattr(experiment, "add_image"):
+                experiment.add_image(  # type: ignore[union-attr]
+                    name, picture, self.trainer.global_step, dataformats="HWC"
+                )
 
     # Predict
 
@@ -254,3 +302,7 @@ class ProbeModule(StageModule):
         return write_embeddings(
             self.config, mllm=self.mllm, choice=self.layer_choice(), device=self.device, part=part
         )
+
+
+def _task(reading: Reading) -> Task:
+    return "intra" if reading == "intra" else "inter"

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prefgen.lineage import hash_folder
 from prefgen.models.lora import add_lora, save_lora
 from prefgen.models.packing import PackedBatch, PackItem
 from prefgen.models.questions import (
@@ -220,6 +221,7 @@ class VQAModule(StageModule):
             num_references=data.eval_references,
             num_queries=data.eval_queries,
             seed=seed,
+            lora=hash_folder(lora) if (lora := self.run_dir / ARTEFACT).is_dir() else "",
         )
         for name, picture in write_like_report(report, folder=self.run_dir).items():
             for board in self.trainer.loggers:

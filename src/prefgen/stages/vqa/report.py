@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prefgen.data.agents.world import GROUP_OF
 from prefgen.evaluate.alignment import Estimate, bootstrap
+from prefgen.evaluate.set_distances import bootstrap_sets
 from prefgen.models.calibration import Calibration, Reliability, fit_calibration, reliability
 from prefgen.models.questions import UserRows
 from prefgen.models.scoring import LikeScores, draw_like
@@ -39,6 +40,8 @@ class LikeReport:
         calibration: fitted on validation users; the identity where they liked all or none of the images.
         raw: reliability of the probability of Yes as the model states it.
         calibrated: after the correction.
+        raw_error: expected calibration error of ``raw``, over users.
+        calibrated_error: that of ``calibrated``.
     """
 
     by_references: Mapping[int, Estimate]
@@ -48,6 +51,8 @@ class LikeReport:
     calibration: Calibration
     raw: Reliability
     calibrated: Reliability
+    raw_error: Estimate
+    calibrated_error: Estimate
 
     def figures(self) -> dict[str, float]:
         """Named numbers for metrics.json."""
@@ -69,6 +74,7 @@ def like_report(
     num_references: int,
     num_queries: int,
     seed: int,
+    lora: str = "",
 ) -> LikeReport:
     """Put the answers of test users together.
 
@@ -80,10 +86,13 @@ def like_report(
         num_references: the count that groups and calibration are read at.
         num_queries: questions a user, and ``seed`` of their draw: to know which images were asked about.
         seed: see there; also of the intervals.
+        lora: hash of the LoRA that answered.
     """
     main = test[num_references]
     both = bool(validation.liked.any()) and not bool(validation.liked.all())
     calibration = fit_calibration(validation.probability, truth=validation.liked) if both else Calibration()
+    calibration = replace(calibration, lora=lora)
+    calibrated = replace(main, probability=calibration.apply(main.probability))
     return LikeReport(
         by_references={count: bootstrap(one.per_user(), seed=seed) for count, one in test.items()},
         history_blind=bootstrap(swapped.per_user(), seed=seed),
@@ -93,8 +102,27 @@ def like_report(
         num_references=num_references,
         calibration=calibration,
         raw=reliability(main.probability, truth=main.liked),
-        calibrated=reliability(calibration.apply(main.probability), truth=main.liked),
+        calibrated=reliability(calibrated.probability, truth=main.liked),
+        raw_error=calibration_error(main, seed=seed),
+        calibrated_error=calibration_error(calibrated, seed=seed),
     )
+
+
+def calibration_error(scores: LikeScores, *, seed: int) -> Estimate:
+    """Expected calibration error with a 95 % interval over users; see :func:`bootstrap_sets`.
+
+    Raises:
+        ValueError: answers of fewer than two users.
+    """
+    asked = np.unique(scores.user)
+    rows = [np.flatnonzero(scores.user == user) for user in asked]
+
+    def error(users: NDArray[np.int64]) -> float:
+        drawn = np.concatenate([rows[i] for i in users])
+        return reliability(scores.probability[drawn], truth=scores.liked[drawn]).error
+
+    found = bootstrap_sets(error, num_users=len(asked), seed=seed, draws=1000)
+    return replace(found, low=max(0.0, found.low))  # the shift may lead below what an error can be
 
 
 def _by_group(
@@ -133,6 +161,7 @@ def write_like_report(report: LikeReport, *, folder: Path) -> dict[str, NDArray[
         "by_group": {group: asdict(one) for group, one in report.by_group.items()},
         "calibration": asdict(report.calibration),
         "reliability": {"raw": _plain(report.raw), "calibrated": _plain(report.calibrated)},
+        "calibration_error": {"raw": asdict(report.raw_error), "calibrated": asdict(report.calibrated_error)},
         "intervals": "95 %, bootstrap over users",
     }
     part = folder / f"{REPORT_NAME}.part"
@@ -180,8 +209,12 @@ def _references(axes: Axes, report: LikeReport) -> None:
 
 def _reliability(axes: Axes, report: LikeReport) -> None:
     axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
-    for name, one in (("as stated", report.raw), ("calibrated", report.calibrated)):
-        axes.plot(one.stated, one.true, marker="o", label=f"{name}, error {one.error:.3f}")
+    for name, one, error in (
+        ("as stated", report.raw, report.raw_error),
+        ("calibrated", report.calibrated, report.calibrated_error),
+    ):
+        label = f"{name}, error {error.mean:.3f} ({error.low:.3f} to {error.high:.3f})"
+        axes.plot(one.stated, one.true, marker="o", label=label)
     axes.set_xlabel("stated probability of Yes")
     axes.set_ylabel("share of liked images")
     axes.legend(fontsize=8)
