@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefgen.config import StageConfig
+    from prefgen.config_sections import Precision
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 """Names torch gives to a CPU's bf16 products: x86 twice, then ARM."""
@@ -33,7 +34,7 @@ def has_fast_bf16(*, accelerator: str = "auto") -> bool:
     import torch
 
     if accelerator != "cpu" and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return has_bf16_products()
 
 
@@ -41,7 +42,7 @@ def settle_precision(config: StageConfig) -> StageConfig:
     """The configuration with every ``auto`` of its number formats replaced by what suits the device here."""
     fast = has_fast_bf16(accelerator=config.trainer.accelerator)
     if config.trainer.precision == "auto":
-        chosen = "bf16-mixed" if fast else "32-true"
+        chosen: Precision = "bf16-mixed" if fast else "32-true"
         config = replace(config, trainer=replace(config.trainer, precision=chosen))
     model: Any = getattr(config, "model", None)
     formats = {name: getattr(model, name, None) for name in ("frozen_dtype", "vae_dtype")}

@@ -68,7 +68,7 @@ def orthogonal(matrices: Tensor, *, rounds: int = 5) -> Tensor:
     """
     is_wide = matrices.shape[-2] <= matrices.shape[-1]
     wide = matrices if is_wide else matrices.mT
-    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    wide = wide / wide.square().sum(dim=(-2, -1), keepdim=True).sqrt().add(1e-7)
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(rounds):
         square = wide @ wide.mT

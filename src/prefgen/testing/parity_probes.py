@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,10 +66,11 @@ def _guesses() -> float:
     ]
     train, test = rows[:200].half(), rows[200:].half()
     differing = []
-    for kind, model in (
+    solvers: tuple[tuple[Literal["ridge", "logistic"], Any], ...] = (
         ("ridge", RidgeClassifier(alpha=L2 * 200)),
         ("logistic", LogisticRegression(C=1 / (L2 * 200), tol=1e-8, max_iter=10_000)),
-    ):
+    )
+    for kind, model in solvers:
         grid = solve_grid(kind, train, labels=labels[:200], num_classes=5, l2=L2)
         ours = grid(test).argmax(-1).numpy()
         for cell in range(3):

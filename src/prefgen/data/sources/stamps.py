@@ -131,7 +131,8 @@ def import_stamps(
     missing = 0
     for number, (family, phrases) in enumerate(families.items()):
         # A family whose stamps turn out unusable leaves its share to the next ones.
-        chosen, wanted = [], limits[family] + missing
+        chosen: list[dict[str, Any]] = []
+        wanted = limits[family] + missing
         for phrase, stamps in phrases:
             if len(chosen) == wanted:
                 left_out["enough subjects"] += [stamp.name for stamp in stamps]

@@ -139,11 +139,11 @@ def read_histories(
         )
         shapes = [(len(histories), len(histories[0].item.questions)) for histories in some]
         sizes = [histories * questions for histories, questions in shapes]
-        core, sem = (rows.float().cpu().split(sizes) for rows in (states.core, states.sem))
+        core, sem = (torch.split(rows.float().cpu(), sizes) for rows in (states.core, states.sem))
         found += [
             UserReadings(
-                core=core[i].unflatten(0, shapes[i]),
-                sem=sem[i].unflatten(0, shapes[i]),
+                core=core[i].reshape(*shapes[i], -1),
+                sem=sem[i].reshape(*shapes[i], -1),
                 liked=torch.tensor([one.liked for one in histories]),
             )
             for i, histories in enumerate(some)

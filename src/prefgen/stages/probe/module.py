@@ -147,7 +147,7 @@ class ProbeModule(StageModule):
             raise DataError(
                 f"hidden states ({label}) hold NaN or overflow float16; try model.frozen_dtype=float32"
             )
-        return states.unflatten(0, (-1, samples.num_places))
+        return states.reshape(-1, samples.num_places, *states.shape[1:])
 
     def _grid(self, name: GridName) -> ProbeGrid:
         grid = self.grids[name]
