@@ -72,7 +72,7 @@ ROWS = [
     (("data.batch_size=abc",), "data.batch_size: expected int, got 'abc'"),
     (
         ("trainer.precision=bf17",),
-        "trainer.precision: 'bf17' is not one of 32-true, bf16-true, bf16-mixed, 16-mixed",
+        "trainer.precision: 'bf17' is not one of 32-true, bf16-true, bf16-mixed, 16-mixed, auto",
     ),
     (("--data.batch_size=64",), "overrides are written without dashes: data.batch_size=64"),
 ]
@@ -189,7 +189,7 @@ def test_config_lists_every_key(capsys):
     out = capsys.readouterr().out
     assert "trainer.max_steps = " in out
     assert "Optimizer steps in all" in out
-    assert "one of 32-true, bf16-true, bf16-mixed, 16-mixed" in out
+    assert "one of 32-true, bf16-true, bf16-mixed, 16-mixed, auto" in out
 
 
 def test_our_own_mistake_is_one_line_too(monkeypatch, capsys):

@@ -101,7 +101,7 @@ def test_values_take_their_declared_type():
         ("optim.betas=[0.9]", "optim.betas: expected [float, float], got '[0.9]'"),
         ("trainer.num_threads=x", "trainer.num_threads: expected int or null, got 'x'"),
         ("trainer.precision=bf17",
-         "trainer.precision: 'bf17' is not one of 32-true, bf16-true, bf16-mixed, 16-mixed"),
+         "trainer.precision: 'bf17' is not one of 32-true, bf16-true, bf16-mixed, 16-mixed, auto"),
         ("--data.batch_size=64", "overrides are written without dashes: data.batch_size=64"),
         ("toy.width=1000_", "toy.width: expected int, got '1000_'"),
         ("toy.maybe", "'toy.maybe' is not an override; write key=value, e.g. trainer.max_steps=100"),
