@@ -5,10 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work="${WORK:-work/demo}"
 
-if [[ ! -f src/prefgen/assets/mini/pipeline/model_index.json || ! -f src/prefgen/assets/mini/mllm/config.json ]]; then
-    echo "demo: error: the mini foundation is not complete in src/prefgen/assets/mini; run 'make foundation' first" >&2
-    exit 2
-fi
+for part in pipeline/model_index.json mllm/config.json judge.safetensors; do
+    if [[ ! -f src/prefgen/assets/mini/$part ]]; then
+        echo "demo: error: src/prefgen/assets/mini/$part is missing; run 'make foundation' first (hours)" >&2
+        exit 2
+    fi
+done
 
 step() {
     printf '\n== %s\n' "$*"
