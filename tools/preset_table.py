@@ -72,7 +72,7 @@ class Row:
         numbers = [f"{n / 1e6:,.1f} M" if n is not None else "-" for n in (self.trained, self.frozen)]
         sizes = [size(n) if n is not None else "-" for n in (self.memory, self.artefact)]
         cells = "".join(f"{text:>13}" for text in (*numbers, *sizes))
-        return f"{self.name:<30}{self.state:<8}{self.precision:<11}{cells}"
+        return f"{self.name:<30}{self.state:<10}{self.precision:<11}{cells}"
 
 
 def size(number: float) -> str:
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, nargs="+", default=PRESETS)
     args = parser.parse_args()
     head = "".join(f"{word:>13}" for word in ("trained", "frozen", "memory", "artefact"))
-    print(f"{'file':<30}{'':<8}{'precision':<11}{head}")
+    print(f"{'file':<30}{'':<10}{'precision':<11}{head}")
     for preset in args.preset:
         for row in rows(preset):
             print(row, flush=True)

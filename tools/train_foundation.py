@@ -31,6 +31,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="steps of the part (default: the part's own plan)")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="trained UNet to begin with (with --only unet, empty --work)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -38,10 +44,18 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.steps and len(args.only) != 1:
         parser.error("--steps belongs to one part: name it with --only")
+    if args.start and args.only != ["unet"]:
+        parser.error("--start belongs to the UNet: add --only unet")
     try:
         for part in args.only:
             build_part(
-                part, shards=args.shards, work=args.work, out=args.out, seed=args.seed, steps=args.steps
+                part,
+                shards=args.shards,
+                work=args.work,
+                out=args.out,
+                seed=args.seed,
+                steps=args.steps,
+                start=args.start,
             )
     except PrefgenError as error:
         print(f"train_foundation: error: {error}", file=sys.stderr)

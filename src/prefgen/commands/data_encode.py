@@ -43,16 +43,17 @@ def add_encode(actions: Any) -> None:
 def run_encode(args: argparse.Namespace) -> int:
     """``prefgen data encode``."""
     found = load_config("inject", preset=args.preset, file=args.config, overrides=args.overrides)
-    config = cast("InjectConfig", found)
-    for required in config.required_inputs():
+    for required in found.required_inputs():
         if required.key in ("data.shards", "model.pipeline"):
             required.check()
-    out = args.out if args.out is not None else resolve_path(config.workdir) / "encoded"
+    out = args.out if args.out is not None else resolve_path(found.workdir) / "encoded"
     import torch
     from tqdm import tqdm
 
+    from prefgen.precision import settle_precision
     from prefgen.stages.inject.encode import encode_shards
 
+    config = cast("InjectConfig", settle_precision(found))
     device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)

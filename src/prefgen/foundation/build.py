@@ -17,7 +17,14 @@ PARTS = ("vae", "clip", "unet", "mllm", "judge")
 
 
 def build_part(
-    part: str, *, shards: Path, work: Path, out: Path, seed: int = 0, steps: int | None = None
+    part: str,
+    *,
+    shards: Path,
+    work: Path,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train one part and write it into ``out`` with its card ``cards/<part>.json``.
 
@@ -30,6 +37,7 @@ def build_part(
         seed: of weights, batches and noise.
         steps: instead of the plan's; for CLIP those of its text tower, for the MLLM those of
             its grouping curriculum.
+        start: folder of a trained UNet that the UNet begins with; for other parts None.
 
     Returns:
         The card.
@@ -43,7 +51,9 @@ def build_part(
     for needed in {"unet": ("vae", "text_encoder"), "judge": ("vae",)}.get(part, ()):
         if not (out / "pipeline" / needed).is_dir():
             raise DataError(f"{part} needs {out / 'pipeline' / needed}; train the parts before it first")
-    figures = _train(part, data, heldout, shards=shards, work=work / part, out=out, seed=seed, steps=steps)
+    figures = _train(
+        part, data, heldout, shards=shards, work=work / part, out=out, seed=seed, steps=steps, start=start
+    )
     card = {
         "part": part,
         "pictures": len(data),
@@ -67,6 +77,7 @@ def _train(
     out: Path,
     seed: int,
     steps: int | None,
+    start: Path | None,
 ) -> dict[str, object]:
     # One part at a time is imported: diffusers and transformers take seconds each.
     pipeline = out / "pipeline"
@@ -85,7 +96,8 @@ def _train(
         from prefgen.foundation import unet
 
         studies = load_captioned(shards, split="studies", cache=work.parent / "cache")
-        return unet.train_unet(data, studies, parts=pipeline, work=work, plan=_plan(unet.PLAN, seed, steps))
+        plan = _plan(unet.PLAN, seed, steps)
+        return unet.train_unet(data, studies, parts=pipeline, work=work, plan=plan, start=start)
     if part == "mllm":
         from prefgen.foundation import mllm
 

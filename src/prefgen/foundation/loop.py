@@ -65,6 +65,11 @@ def quick() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_products())
 
 
+def quick_dtype() -> torch.dtype:
+    """What products come out in under :func:`quick`."""
+    return torch.bfloat16 if has_bf16_products() else torch.float32
+
+
 class Loop:
     """Train ``module`` by ``loss``; keeps checkpoints and a history of reports in ``folder``.
 

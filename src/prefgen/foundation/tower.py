@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan, quick
+from prefgen.foundation.loop import Loop, LoopPlan, quick, quick_dtype
 
 Encode = Callable[[npt.NDArray[np.uint8]], Tensor]
 """uint8 pictures (B, H, W, 3) -> features (B, D)."""
@@ -80,9 +80,9 @@ def train_tower(
 
 
 def encode_all(images: npt.NDArray[np.uint8], *, encode: Encode, title: str) -> Tensor:
-    """Features of all pictures by a frozen tower, bfloat16."""
+    """Features of all pictures by a frozen tower: bfloat16 where products are, else float32."""
     chunks = []
     for start in tqdm(range(0, len(images), 512), unit="batch", desc=f"encoding {title}"):
         with torch.no_grad(), quick():
-            chunks.append(encode(np.array(images[start : start + 512])).bfloat16())
+            chunks.append(encode(np.array(images[start : start + 512])).to(quick_dtype()))
     return torch.cat(chunks)

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from prefgen.errors import DataError
 from prefgen.foundation.captioned import EMPTY_RATE, CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels
+from prefgen.lineage import hash_file
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
 
 STUDY_RATES = (0.9, 0.4)
@@ -81,7 +86,13 @@ def _encode_all(vae: AutoencoderKL, data: CaptionedImages) -> Tensor:
 
 
 def train_unet(
-    data: CaptionedImages, studies: CaptionedImages, *, parts: Path, work: Path, plan: LoopPlan = PLAN
+    data: CaptionedImages,
+    studies: CaptionedImages,
+    *,
+    parts: Path,
+    work: Path,
+    plan: LoopPlan = PLAN,
+    start: Path | None = None,
 ) -> dict[str, object]:
     """Train over the VAE and text encoder in ``parts`` and complete the pipeline folder there.
 
@@ -92,9 +103,13 @@ def train_unet(
             ``feature_extractor``; receives ``unet``, ``scheduler`` and ``model_index.json``.
         work: checkpoints and the latents' cache.
         plan: length and rate.
+        start: folder of a trained UNet to begin with, such as the shipped one; None begins anew.
 
     Returns:
         Figures for the card.
+
+    Raises:
+        DataError: no UNet at ``start``, or one of another build.
     """
     torch.manual_seed(plan.seed)
     vae = AutoencoderKL.from_pretrained(parts / "vae", torch_dtype=torch.float32).eval()
@@ -103,6 +118,8 @@ def train_unet(
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
     sources = [(pictures, latents_of(pictures, vae=vae, work=work)) for pictures in (data, studies)]
     unet = build_unet(sample_size=sources[0][1].shape[-1], cross_width=text_encoder.config.hidden_size)
+    if start is not None:
+        _begin_with(unet, start=start)
     scheduler = build_scheduler()
     schedule = NoiseSchedule.of(scheduler)
     loop = Loop(unet, plan=plan, folder=work, matrices=_inner_matrices(unet))
@@ -145,9 +162,17 @@ def train_unet(
     return {
         "gate": "an independent classifier of 32 evaluation subjects names at least half the pictures right",
         "studies": len(studies),
+        "started_from": None if start is None else hash_file(start / SAFETENSORS_WEIGHTS_NAME),
         "parameters": sum(p.numel() for p in unet.parameters()),
         "history": loop.history,
     }
+
+
+def _begin_with(unet: UNet2DConditionModel, *, start: Path) -> None:
+    try:
+        unet.load_state_dict(load_file(start / SAFETENSORS_WEIGHTS_NAME))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"cannot start from {start}: {str(error).splitlines()[0][:200]}") from None
 
 
 def _inner_matrices(unet: UNet2DConditionModel) -> list[nn.Parameter]:

@@ -47,7 +47,7 @@ class EvaluateModelConfig:
     """Run folder of stage inject, with its user adapter."""
     inject_image_only: str = "${workdir}/inject_image_only"
     """Run folder of the separate image-only adapter; empty leaves the comparison out."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """Arithmetic of UNet and MLLM; auto is bfloat16 where the device multiplies it in hardware;
     text encoder, VAE and judge always work in float32."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"

@@ -19,6 +19,7 @@ import torch
 from prefgen.checkpoint import checkpoint_name, list_checkpoints
 from prefgen.config import load_config
 from prefgen.errors import PrefgenError, StoppedBySignalError
+from prefgen.precision import settle_precision
 from prefgen.run import fit, load_class
 from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.stages import STAGES
@@ -71,7 +72,7 @@ def stage_words(stage: str, *, workdir: Path, run_dir: Path, steps: int, every: 
 def train(stage: str, words: list[str]) -> None:
     """``prefgen fit`` without the command line, for processes of :func:`forkserver`."""
     torch.set_num_threads(1)
-    config = load_config(stage, overrides=words)
+    config = settle_precision(load_config(stage, overrides=words))
     make_module, make_data = load_class(STAGES[stage].module), load_class(STAGES[stage].data)
     with quiet_lightning(), user_errors():
         try:

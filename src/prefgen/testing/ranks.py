@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefgen.checkpoint import list_checkpoints
 from prefgen.config import load_config
+from prefgen.precision import settle_precision
 from prefgen.run import fit, load_class
 from prefgen.run_noise import quiet_lightning
 from prefgen.stages import STAGES
@@ -141,7 +142,7 @@ def _rank(rank: int, world_size: int, stage: str, settings: dict[str, str]) -> d
 
 def _train(stage: str, settings: dict[str, str], *, batch: int) -> dict[str, Any]:
     words = [f"{key}={value}" for key, value in (settings | {"data.batch_size": str(batch)}).items()]
-    config = load_config(stage, overrides=words)
+    config = settle_precision(load_config(stage, overrides=words))
     make_module: Callable[..., Any] = load_class(STAGES[stage].module)
     make_data: Callable[..., Any] = load_class(STAGES[stage].data)
     noted = _Losses()
