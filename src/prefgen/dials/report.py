@@ -148,11 +148,14 @@ def _plot(points: Sequence[Mapping[str, Any]], *, x_label: str, base: Mapping[st
     canvas = Canvas(figsize=(10, 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(canvas)
     wins, fidelity = canvas.subplots(1, 2)
-    places = range(len(points)) if "images" in x_label else [point["x"] for point in points]
-    for name, words in RIVALS.items():
+    places = [float(i) if "images" in x_label else point["x"] for i, point in enumerate(points)]
+    # Side by side, or the intervals would hide each other.
+    step = 0.012 * (places[-1] - places[0])
+    for number, (name, words) in enumerate(RIVALS.items()):
         if f"own_vs_{name}" in points[0]:
             line = [point[f"own_vs_{name}"] for point in points]
-            _line(wins, places=places, line=line, colour=_COLOURS[name], label=words)
+            shifted = [place + (number - 1) * step for place in places]
+            _line(wins, places=shifted, line=line, colour=_COLOURS[name], label=words)
     wins.axhline(0.5, color="#888888", linewidth=0.8, linestyle=":")
     wins.set_ylabel("win rate")
     line = [point["prompt_fidelity"] for point in points]
@@ -163,14 +166,14 @@ def _plot(points: Sequence[Mapping[str, Any]], *, x_label: str, base: Mapping[st
     fidelity.set_ylabel("prompt fidelity")
     for axes in (wins, fidelity):
         axes.set_xlabel(x_label)
-        axes.set_xticks(list(places), [f"{point['x']:g}" for point in points])
+        axes.set_xticks(places, [f"{point['x']:g}" for point in points])
         axes.legend(fontsize=8)
         axes.grid(alpha=0.25)
     return _png(canvas)
 
 
 def _line(
-    axes: Axes, *, places: Sequence[float] | range, line: Sequence[Mapping[str, Any]], colour: str, label: str
+    axes: Axes, *, places: Sequence[float], line: Sequence[Mapping[str, Any]], colour: str, label: str
 ) -> None:
     means = [one["mean"] for one in line]
     below = [one["mean"] - one["low"] for one in line]
