@@ -58,12 +58,13 @@ def area(name):
     return parts[0]
 
 
-BASIC = {"errors", "schema", "lineage"}
+BASIC = {"errors", "schema", "lineage", "whole_file"}
 CONFIG = {*BASIC, "config"}
 ALLOWED = {
     "errors": {"errors"},
     "schema": BASIC,
     "lineage": BASIC,
+    "whole_file": {"whole_file"},
     "config": CONFIG,
     "data": {*BASIC, "data"},
     "models": {*BASIC, "models"},
