@@ -36,6 +36,7 @@ from prefgen.data.reader import MAX_JSON_BYTES
 from prefgen.data.tarstore import OpenShard, ShardFiles, sample_key, split_members
 from prefgen.errors import DataError
 from prefgen.schema import Split
+from prefgen.whole_file import write_text
 
 StoredAs = Literal["float16", "float32"]
 ARRAYS = ("moments", "hidden", "pooled")
@@ -103,7 +104,7 @@ class EncodedFolder:
             if self.out.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in self.out.glob("*.tar")):
                 raise DataError(f"{self.out} holds other shards; pass another folder")
             _make(self._work)
-            _write_text(request, text=json.dumps(self._header, sort_keys=True))
+            write_text(request, text=json.dumps(self._header, sort_keys=True))
 
     def _check(self, found: object) -> None:
         if found != self._header:
@@ -156,7 +157,7 @@ class EncodedFolder:
             shard.discard()
             raise
         note = {"shard": shard_record(done), "buckets": buckets}
-        _write_text(self._note(name), text=json.dumps(note, ensure_ascii=False))
+        write_text(self._note(name), text=json.dumps(note, ensure_ascii=False))
 
     def _members(self, image: EncodedImage) -> dict[str, bytes]:
         record = {"key": image.key, "prompt": image.prompt, "bucket": image.bucket}
@@ -185,7 +186,7 @@ class EncodedFolder:
                 splits[split] = shards
             for note in notes:
                 buckets |= note["buckets"]
-        _write_text(self.out / BUCKETS_NAME, text=json.dumps(buckets, ensure_ascii=False))
+        write_text(self.out / BUCKETS_NAME, text=json.dumps(buckets, ensure_ascii=False))
         index = ShardIndex(kind="encoded", splits=splits, header=self._header)
         write_index(index, out=self.out)
         shutil.rmtree(self._work, ignore_errors=True)
@@ -275,9 +276,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {folder.parent} ({error.strerror}); pass another folder") from None
-
-
-def _write_text(path: Path, *, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

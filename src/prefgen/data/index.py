@@ -18,6 +18,7 @@ from prefgen.data.remote import RemoteFolder
 from prefgen.errors import DataError
 from prefgen.lineage import hash_file
 from prefgen.schema import SCHEMA_VERSION, SPLITS, Split
+from prefgen.whole_file import whole_file
 
 INDEX_NAME = "index.json"
 MAX_INDEX_BYTES = 4 << 30
@@ -125,7 +126,7 @@ def group_users(shard: ShardEntry) -> Iterator[tuple[SampleEntry, ...]]:
 
 
 def write_index(index: ShardIndex, *, out: Path, name: str = INDEX_NAME) -> Path:
-    """Write ``index.json`` into ``out`` atomically (temporary name, fsync, rename) and return its path."""
+    """Write ``index.json`` into ``out``, whole and on the disk or not at all, and return its path."""
     record = {
         "schema_version": index.schema_version,
         "kind": index.kind,
@@ -140,13 +141,11 @@ def write_index(index: ShardIndex, *, out: Path, name: str = INDEX_NAME) -> Path
             if index.splits.get(split)
         },
     }
-    temporary = out / f".{name}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
+    path = out / name
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         json.dump(record, file, ensure_ascii=False, separators=(",", ":"))
         file.flush()
         os.fsync(file.fileno())
-    path = out / name
-    temporary.replace(path)
     return path
 
 

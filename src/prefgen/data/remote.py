@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefgen.errors import DataError
+from prefgen.whole_file import whole_file
 
 PROTOCOLS = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "memory")
 """What is accepted; fsspec knows more, some of which run programs or read any file."""
@@ -119,9 +120,8 @@ class RemoteFolder:
             total -= length
 
     def _fetch(self, name: str, *, path: Path, limit: int, sha256: str = "") -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         digest, size = hashlib.sha256(), 0
-        try:
+        with whole_file(path, shared=True) as part:
             with self._open(name) as source, part.open("wb") as target:
                 while chunk := source.read(_CHUNK):
                     digest.update(chunk)
@@ -134,9 +134,6 @@ class RemoteFolder:
                     f"{self / name}: {size:,} bytes with another checksum than the index says; "
                     "upload the shards and their index again"
                 )
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:

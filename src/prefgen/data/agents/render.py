@@ -37,6 +37,7 @@ from prefgen.data.agents.world import (
 )
 from prefgen.errors import DataError
 from prefgen.schema import RatedImage, Side, Split, UserHistory
+from prefgen.whole_file import whole_file
 
 HISTORY_FILE = "history.jsonl"
 
@@ -188,15 +189,16 @@ def write_agents(out: Path, *, plan: AgentsPlan, num_workers: int | None = None)
         raise DataError(f"{target} exists; choose another --out or remove it first")
     (out / "images").mkdir(parents=True, exist_ok=True)
     jobs = [(i, split) for split, count in plan.num_users.items() for i in range(count)]
-    partial_file = out / (HISTORY_FILE + ".partial")
-    with partial_file.open("w", encoding="utf-8") as lines:
-        work = partial(_write_agent, out=out, plan=plan)
-        for line in _parallel(work, jobs, num_workers=num_workers, unit="user", title="drawing histories"):
-            lines.write(line + "\n")
-    (out / "SOURCE.txt").write_text(
-        f"{plan.subjects.attribution}\nMade by `prefgen data agents`, seed {plan.seed}.\n"
-    )
-    partial_file.replace(target)
+    with whole_file(target) as part:
+        with part.open("w", encoding="utf-8") as lines:
+            work = partial(_write_agent, out=out, plan=plan)
+            for line in _parallel(
+                work, jobs, num_workers=num_workers, unit="user", title="drawing histories"
+            ):
+                lines.write(line + "\n")
+        (out / "SOURCE.txt").write_text(
+            f"{plan.subjects.attribution}\nMade by `prefgen data agents`, seed {plan.seed}.\n"
+        )
     return target
 
 
@@ -291,12 +293,10 @@ def write_drawings(
         made = _parallel(work, range(count), num_workers=num_workers, unit="image", title=f"drawing {split}")
         for number in range((count + shard_size - 1) // shard_size):
             path = out / f"{split}-{number:06d}.tar"
-            partial_file = path.with_suffix(".tar.partial")
-            with webdataset.TarWriter(str(partial_file), mtime=0) as tar:
+            with whole_file(path) as part, webdataset.TarWriter(str(part), mtime=0) as tar:
                 for item in islice(made, shard_size):
                     about = {"prompt": item.phrase, "attributes": item.attributes, "family": item.family}
                     tar.write({"__key__": item.key, "webp": item.image, "json": about})
-            partial_file.replace(path)
             paths.append(path)
     return paths
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from prefgen.data.images import MAX_IMAGE_BYTES, accepted_formats, decode_image, sniff
 from prefgen.data.sources.base import Unusable
 from prefgen.errors import DataError
+from prefgen.whole_file import whole_file
 
 HASH_BITS = 64
 MAX_COLOUR_DIFFERENCE = 12.0
@@ -138,7 +138,5 @@ def write_picture(data: bytes, *, described: Described, out: Path) -> None:
     path = out / picture_path(described.sha256, extension=described.extension)
     if path.is_file() and path.stat().st_size == len(data):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        part.write_bytes(data)

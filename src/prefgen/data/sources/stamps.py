@@ -12,7 +12,6 @@ Which stamps become subjects is ours: see :data:`REASONS`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -31,6 +30,7 @@ from prefgen.data.images import decode_cutout
 from prefgen.data.sources.base import Unusable
 from prefgen.data.sources.files import read_image, source_folder
 from prefgen.errors import DataError
+from prefgen.whole_file import write_json
 
 LAYOUT = "Tux Paint's tree of stamps: FAMILY/../NAME.png or NAME.svg with NAME.txt"
 ATTRIBUTION = "Pictures: Tux Paint stamps (tuxpaint.org), GPL-2, modified."
@@ -153,9 +153,7 @@ def import_stamps(
         "left_out": {reason: sorted(names) for reason, names in left_out.items() if names},
         "subjects": subjects,
     }
-    part = out / (SUBJECTS_FILE + ".partial")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(out / SUBJECTS_FILE)
+    write_json(out / SUBJECTS_FILE, content=content, ensure_ascii=False)
     return content
 
 
