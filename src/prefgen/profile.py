@@ -6,9 +6,7 @@ The file is safetensors with a json header under the metadata key ``profile``; n
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prefgen.errors import CheckpointError
+from prefgen.whole_file import whole_file
 
 PROFILE_VERSION = 2
 """Version of the file that is written. Version 1, which did not count updates, is read too."""
@@ -160,7 +159,7 @@ class UserProfile:
         return replace(self, user_id=None, likes=None, dislikes=None)
 
     def save(self, path: Path) -> None:
-        """Write the file in one piece: to a temporary name, then renamed.
+        """Write the file in one piece.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -175,14 +174,10 @@ class UserProfile:
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         data = to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
-        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            with whole_file(path, shared=True) as part:
+                part.write_bytes(data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise CheckpointError(f"cannot write profile {path}: {error.strerror}") from None
 
     @staticmethod

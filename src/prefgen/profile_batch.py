@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +18,7 @@ from prefgen.lineage import hash_file
 from prefgen.profile import UserProfile
 from prefgen.schema import Side, Split
 from prefgen.taste import TasteModels
+from prefgen.whole_file import write_json
 
 PROFILES_INDEX = "profiles.json"
 _INDEX_VERSION = 1
@@ -208,12 +206,7 @@ def _pictures(sample: UserSample, *, side: Side) -> list[Image.Image]:
 def _write_index(path: Path, *, entries: list[BatchEntry], made_from: dict[str, Any]) -> None:
     rows = [{name: value for name, value in asdict(entry).items() if value is not None} for entry in entries]
     record = {"version": _INDEX_VERSION, **made_from, "profiles": rows}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, content=record, shared=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None

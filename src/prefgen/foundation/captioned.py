@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.errors import DataError
+from prefgen.whole_file import whole_file
 
 BARE_LIST_RATE = 0.15
 """Share of captions that are a bare attribute list: without it the text space knows no attribute words."""
@@ -188,8 +189,8 @@ def _decode(tars: Sequence[Path], *, pixels: Path, about: Path) -> None:
         arrays.append(np.asarray(Image.open(io.BytesIO(sample["webp"])).convert("RGB")))
     if len({array.shape for array in arrays}) != 1:
         raise DataError(f"{tars[0].parent}: pictures differ in size; expected one size for all")
-    np.save(pixels.with_suffix(".partial.npy"), np.stack(arrays))
-    pixels.with_suffix(".partial.npy").replace(pixels)
+    with whole_file(pixels) as part, part.open("wb") as file:  # np.save would end the name with .npy
+        np.save(file, np.stack(arrays))
     about.write_text(json.dumps(records))
 
 

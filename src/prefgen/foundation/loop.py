@@ -23,6 +23,7 @@ from tqdm import tqdm
 from prefgen.errors import CheckpointError
 from prefgen.foundation.muon import Muon
 from prefgen.precision import has_bf16_products
+from prefgen.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +200,8 @@ class Loop:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        with whole_file(self.checkpoint) as part:
+            torch.save(state, part)
         (self.folder / "history.json").write_text(json.dumps(self.history, indent=1))
 
     def _resume(self) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prefgen.errors import CheckpointError
+from prefgen.whole_file import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,12 @@ class ArtefactKind:
     stage: str
 
     def write(self, path: Path, *, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Write tensors and header in one piece: to a temporary name, then renamed."""
+        """Write tensors and header in one piece."""
         text = json.dumps({**header, "version": self.version}, sort_keys=True)
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        temporary = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # save_file would make a file that only its owner can read, and so a shared artefact of no use.
-        temporary.write_bytes(to_bytes(plain, metadata={self.key: text}))
-        temporary.replace(path)
+        with whole_file(path) as part:
+            # save_file would make a file that only its owner can read, and so a shared artefact of no use.
+            part.write_bytes(to_bytes(plain, metadata={self.key: text}))
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from prefgen.errors import CheckpointError
+from prefgen.whole_file import whole_file
 
 TEXT_LORA_FILE = "text_lora.safetensors"
 """Beside ``user_adapter.safetensors`` where one was trained."""
@@ -46,10 +47,8 @@ def save_text_lora(unet: Any, *, path: Path) -> None:
     """Write ``text_lora.safetensors``, in one piece."""
     state = get_peft_model_state_dict(unet, adapter_name=_NAME)
     plain = {f"unet.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(to_bytes(plain))
-    temporary.replace(path)
+    with whole_file(path) as part:
+        part.write_bytes(to_bytes(plain))
 
 
 def load_text_lora(unet: Any, *, path: Path) -> None:
