@@ -20,6 +20,7 @@ from prefgen.checkpoint import checkpoint_name, list_checkpoints
 from prefgen.errors import CheckpointError, ConfigError, StoppedBySignalError
 from prefgen.requeue import REQUEUE_SIGNAL, under_slurm
 from prefgen.stages.sharding import like, whole
+from prefgen.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Save under a temporary name, then rename; what could not be written whole is taken away again."""
         del storage_options
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Not Lightning's own writer, which takes the way over the folder for temporary files.
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        part.replace(path)
+        # Not Lightning's own writer, which takes the way over the folder for temporary files.
+        with whole_file(Path(path)) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
         folder = os.open(part.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a power cut could take the name with it

@@ -36,13 +36,13 @@ from prefgen.run_folder import (
     read_metrics,
     write_inputs,
     write_metrics,
-    write_text,
 )
 from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.stages import STAGES
 from prefgen.stages.base import StageModule
 from prefgen.stages.sharding import make_trained_whole
 from prefgen.strategies import cluster_plugins, make_strategy
+from prefgen.whole_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def fit(
         logger.info("going on from %s (step %d)", resume, int(content["global_step"]))
     trainer = build_trainer(config, extra_callbacks=extra_callbacks, stop_at_step=stop_at_step)
     if trainer.is_global_zero:
-        write_text(run_dir / "config.yaml", text=to_yaml(config))
+        write_text(run_dir / "config.yaml", text=to_yaml(config), shared=True)
         if resume is None:
             write_inputs(run_dir, config=config)
     if resume is None and config.trainer.validate_before_fit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from prefgen.data.index import index_hash
 from prefgen.errors import CheckpointError, ConfigError
 from prefgen.lineage import hash_file
 from prefgen.stages.base import shard_root
+from prefgen.whole_file import write_json
 
 CHANGEABLE = frozenset(
     {
@@ -85,7 +85,7 @@ def input_hashes(config: StageConfig) -> dict[str, str]:
 
 def write_inputs(run_dir: Path, *, config: StageConfig) -> None:
     """Remember in inputs.json what the run starts from."""
-    write_text(run_dir / "inputs.json", text=json.dumps(input_hashes(config), indent=2) + "\n")
+    write_json(run_dir / "inputs.json", content=input_hashes(config), indent=2, shared=True)
 
 
 def check_same_inputs(run_dir: Path, *, config: StageConfig) -> None:
@@ -137,12 +137,4 @@ def _read_object(path: Path) -> dict[str, Any]:
 def write_metrics(run_dir: Path, **figures: Any) -> None:
     """Set entries of metrics.json and keep the others, so that fit, validate and test each add theirs."""
     content = {**read_metrics(run_dir), **figures}
-    write_text(run_dir / "metrics.json", text=json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, *, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_json(run_dir / "metrics.json", content=content, indent=2, sort_keys=True, shared=True)

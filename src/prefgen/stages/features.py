@@ -7,7 +7,6 @@ names the model and the shards it was made from and is made again when either ch
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +29,7 @@ from prefgen.lineage import hash_folder
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import UserRows
 from prefgen.schema import Split
+from prefgen.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,6 @@ def _read(path: Path | None, *, made_from: dict[str, str]) -> Tensor | None:
 
 
 def _write(path: Path, *, features: Tensor, made_from: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({"features": features}, part, metadata=made_from)
-    part.replace(path)
+    with whole_file(path, shared=True) as part:
+        save_file({"features": features}, part, metadata=made_from)
     logger.info("image features written to %s", path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefgen.models.probes import (
     control_accuracy,
 )
 from prefgen.schema import SCHEMA_VERSION
+from prefgen.whole_file import write_json
 
 TITLES = {
     "inter": "Which user is this?",
@@ -88,9 +88,7 @@ def write_report(report: ProbeReport, *, path: Path) -> Path:
         "choice": choice_to_json(report.choice),
         "intervals": "95 %, bootstrap over users",
     }
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, content=record)
     return path
 
 

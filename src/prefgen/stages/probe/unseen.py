@@ -6,7 +6,6 @@ measured at three places (:data:`prefgen.stages.probe.disjoint.PLACES`), with an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from prefgen.stages.probe.disjoint import (
     disjoint_histories,
     read_histories,
 )
+from prefgen.whole_file import write_json
 
 REPORT_NAME = "test.json"
 PLACE_WORDS: Mapping[str, str] = {
@@ -235,9 +235,7 @@ def unseen_figures(report: Mapping[str, Any]) -> dict[str, float]:
 
 def write_unseen_report(report: Mapping[str, Any], *, folder: Path) -> NDArray[np.uint8]:
     """Write test.json and identification.png; the plot (H, W, 3) for TensorBoard."""
-    part = folder / f"{REPORT_NAME}.part"
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / REPORT_NAME)
+    write_json(folder / REPORT_NAME, content=report)
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS, strict=True):

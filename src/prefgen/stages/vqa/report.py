@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from prefgen.evaluate.set_distances import bootstrap_sets
 from prefgen.models.calibration import Calibration, Reliability, fit_calibration, reliability
 from prefgen.models.questions import UserRows
 from prefgen.models.scoring import LikeScores, draw_like
+from prefgen.whole_file import write_json
 
 REPORT_NAME = "test.json"
 CALIBRATION_NAME = "calibration.json"
@@ -164,9 +164,7 @@ def write_like_report(report: LikeReport, *, folder: Path) -> dict[str, NDArray[
         "calibration_error": {"raw": asdict(report.raw_error), "calibrated": asdict(report.calibrated_error)},
         "intervals": "95 %, bootstrap over users",
     }
-    part = folder / f"{REPORT_NAME}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / REPORT_NAME)
+    write_json(folder / REPORT_NAME, content=record)
     report.calibration.save(folder / CALIBRATION_NAME)
     return {
         "references": _draw(lambda axes: _references(axes, report), path=folder / "references.png"),
