@@ -27,6 +27,7 @@ from prefgen.profile import UserProfile
 from prefgen.study.drawing import DrawSettings, Studio
 from prefgen.study.judged import judge_pictures
 from prefgen.study.users import StudyUser
+from prefgen.whole_file import write_json
 
 SHOWN_USERS = 6
 """Users whose first picture of every condition is kept, to be looked at."""
@@ -159,10 +160,7 @@ class Measurements:
             "fidelity": measured.fidelity.tolist(),
             "pixels": measured.pixels,
         }
-        path = self.folder / f"{condition.name}.json"
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(self.folder / f"{condition.name}.json", content=record, indent=None, allow_nan=False)
 
     def load(self, condition: Condition) -> Measured:
         """Read it back.

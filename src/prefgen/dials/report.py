@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from prefgen.dials.measure import Measurements
 from prefgen.dials.plan import CURVES, DialPlan
 from prefgen.evaluate.blocks import Block, Figure, Grid, Heading, Paragraph, write_blocks
 from prefgen.evaluate.page import interval
+from prefgen.whole_file import write_json
 
 DIAL_FILE = "dial.json"
 
@@ -41,9 +41,7 @@ def write_dial(
 ) -> dict[str, Path]:
     """Write ``dial.json``, ``dial.html``, ``dial.md`` and ``dial_files/*.png`` into ``out``."""
     path = out / DIAL_FILE
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(dial, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, content=dial, allow_nan=False)
     blocks = dial_blocks(dial, plan=plan, measurements=measurements, attribution=attribution)
     return {"json": path, **write_blocks(out, name="dial", blocks=blocks, title="prefgen: the dials")}
 

@@ -31,6 +31,7 @@ from prefgen.study.judged import measure_judge
 from prefgen.study.run import settled
 from prefgen.study.users import StudyUser, load_users, prompt_pool
 from prefgen.taste import TasteModels
+from prefgen.whole_file import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _judged_words(
             batch_size=settings.batch_size,
             progress=bar.update,
         )
-    _write(path, about)
+    write_json(path, content=about, allow_nan=False)
     return list(about["judged"])
 
 
@@ -215,7 +216,7 @@ def _check_inputs(config: EvaluateConfig, *, plan: DialPlan, out: Path) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write to --out {out}: {error.strerror}") from None
     if known is None:
-        _write(path, inputs)
+        write_json(path, content=inputs, allow_nan=False)
         return
     changed = [name for name in {**known, **inputs} if known.get(name) != inputs.get(name)]
     if changed:
@@ -223,9 +224,3 @@ def _check_inputs(config: EvaluateConfig, *, plan: DialPlan, out: Path) -> None:
             f"{out} was begun with another {changed[0]}; choose another --out, or remove the folder to begin "
             "anew"
         )
-
-
-def _write(path: Path, content: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefgen.evaluate.page import page, table, text
+from prefgen.whole_file import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +101,7 @@ def write_blocks(out: Path, *, name: str, blocks: Sequence[Block], title: str) -
         "markdown": to_markdown(blocks, folder=files.name),
     }
     for kind, path in places.items():
-        part = path.with_name(path.name + ".part")
-        part.write_text(contents[kind], encoding="utf-8")
-        part.replace(path)
+        write_text(path, text=contents[kind])
     return places
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.errors import DataError
+from prefgen.whole_file import write_json
 
 INDEX = "pictures.json"
 VERSION = 1
@@ -95,9 +96,8 @@ def write_index(root: Path, *, users: Sequence[PictureUser], attribution: str = 
             for user in users
         ],
     }
-    path, part = root / INDEX, root / f"{INDEX}.part"
-    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    path = root / INDEX
+    write_json(path, content=record, ensure_ascii=False)
     return path
 
 

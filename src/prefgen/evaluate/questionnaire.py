@@ -21,6 +21,7 @@ from PIL import Image
 from prefgen.errors import ConfigError, DataError
 from prefgen.evaluate.picture_folder import PictureFolder
 from prefgen.lineage import hash_json
+from prefgen.whole_file import whole_file
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "survey.html"
 PAGE, KEY = "questionnaire.html", "key.json"
@@ -148,13 +149,10 @@ def write_survey(out: Path, *, survey: Survey, folder: PictureFolder, title: str
         "pairs": [list(pair) for pair in survey.pairs],
         "questions": [asdict(question) for question in survey.questions],
     }
-    out.mkdir(parents=True, exist_ok=True)
     places = {"questionnaire": out / PAGE, "key": out / KEY}
-    parts = {name: path.with_name(path.name + ".part") for name, path in places.items()}
-    parts["questionnaire"].write_text(page, encoding="utf-8")
-    parts["key"].write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    for name, part in parts.items():
-        part.replace(places[name])
+    with whole_file(places["key"]) as key_part, whole_file(places["questionnaire"]) as page_part:
+        page_part.write_text(page, encoding="utf-8")
+        key_part.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
     return places
 
 

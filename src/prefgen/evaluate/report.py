@@ -22,6 +22,7 @@ from prefgen.evaluate.page import (
 )
 from prefgen.evaluate.report_extra import extra_section
 from prefgen.evaluate.report_stages import align_section, judge_section, probe_section, training_section
+from prefgen.whole_file import write_text
 
 Metrics = Mapping[str, Any]
 
@@ -127,9 +128,7 @@ def write_report(
     ]
     if attribution:
         sections.append(f'<p class="soft">{text(attribution)}</p>\n')
-    part = path.with_name(path.name + ".part")
-    part.write_text(page("prefgen: evaluation", body="".join(sections)), encoding="utf-8")
-    part.replace(path)
+    write_text(path, text=page("prefgen: evaluation", body="".join(sections)))
 
 
 def _head(metrics: Metrics) -> str:

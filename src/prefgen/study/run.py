@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from prefgen.study.judged import (
 from prefgen.study.mllm_judge import MLLMJudge
 from prefgen.study.stages import RUNS, align_figures, probe_figures, run_figures
 from prefgen.study.users import StudyUser, load_users, prompt_pool
+from prefgen.whole_file import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +301,4 @@ def _rounded(value: Any) -> Any:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, content=content, sort_keys=True, allow_nan=False)

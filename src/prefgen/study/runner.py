@@ -25,6 +25,7 @@ from typing import Any
 
 from prefgen.errors import ConfigError, DataError, StepFailedError
 from prefgen.study.plan import Plan, Run
+from prefgen.whole_file import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -200,13 +201,10 @@ class StepBook:
         self._write(finished=True)
 
     def _write(self, *, finished: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         # Steps known from before and not yet reached are kept: a kill now must not forget them.
         steps = [*self.steps, *self._old[len(self.steps) :]]
         record = {"finished": finished, "steps": self.steps if finished else steps, "trial": self.trial}
-        part = self._path.with_name(STEPS_FILE + ".part")
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.replace(self._path)
+        write_json(self._path, content=record)
 
 
 def read_book(folder: Path) -> dict[str, Any]:

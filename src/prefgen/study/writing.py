@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from prefgen.evaluate.study_report import study_blocks
 from prefgen.study.collect import REPORT, collect
 from prefgen.study.further import PICTURES
 from prefgen.study.plan import Plan
+from prefgen.whole_file import write_json
 
 NUM_SHOWN = 4
 TILE = 96
@@ -45,10 +45,8 @@ def write_study(plan: Plan, *, work: Path, out: Path) -> StudyReport:
         DataError: nothing of the main table is finished, or runs that do not fit each other.
     """
     study = collect(plan, work=work)
-    out.mkdir(parents=True, exist_ok=True)
-    path, part = out / "study.json", out / "study.json.part"
-    part.write_text(json.dumps(study, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    path = out / "study.json"
+    write_json(path, content=study, sort_keys=True, allow_nan=False)
     grids, failures = _galleries(plan, study=study, work=work)
     blocks = study_blocks(study, grids=grids, failures=failures, heat_maps=_heat_maps(plan, work=work))
     places = write_blocks(out, name="study", blocks=blocks, title="prefgen: the study")
