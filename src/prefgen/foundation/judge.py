@@ -14,6 +14,7 @@ from prefgen.evaluate.judges import Judge
 from prefgen.foundation.captioned import CaptionedImages
 from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels, reconstruct
+from prefgen.whole_file import whole_file
 
 PLAN = LoopPlan(batch_size=96, steps=10_000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
 
@@ -101,13 +102,11 @@ def accuracy(judge: Judge, images: Tensor, data: CaptionedImages) -> dict[str, f
     return figures | {"subject": float(np.mean(hits))}
 
 
-def _restored(
-    vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, cache: Path
-) -> npt.NDArray[np.uint8]:
+def _restored(vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, cache: Path) -> npt.NDArray[np.uint8]:
     if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
         back = ((reconstruct(vae, images) + 1) * 127.5).round().to(torch.uint8)
-        np.save(cache, back.permute(0, 2, 3, 1).numpy())
+        with whole_file(cache) as part, part.open("wb") as file:
+            np.save(file, back.permute(0, 2, 3, 1).numpy())
     restored: npt.NDArray[np.uint8] = np.load(cache, mmap_mode="r", allow_pickle=False)
     return restored
 

@@ -22,6 +22,7 @@ from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels
 from prefgen.lineage import hash_file
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
+from prefgen.whole_file import whole_file
 
 STUDY_RATES = (0.9, 0.4)
 """Share of plain drawings in a batch, at the first step and, falling evenly, at the last. Without them every
@@ -76,8 +77,9 @@ def latents_of(data: CaptionedImages, *, vae: AutoencoderKL, work: Path) -> Tens
     """Mean latents of all pictures in the UNet's scale, float16 (N, 4, h, w); kept in ``work``."""
     cache = work / f"latents-{data.fingerprint}.pt"
     if not cache.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        torch.save(_encode_all(vae, data), cache)
+        encoded = _encode_all(vae, data)
+        with whole_file(cache) as part:
+            torch.save(encoded, part)
     latents: Tensor = torch.load(cache, weights_only=True)
     return latents
 
