@@ -91,6 +91,7 @@ class CaptionedImages:
         rng: np.random.Generator,
         bare_rate: float = BARE_LIST_RATE,
         subject_rate: float = 0.0,
+        fewest: int = 0,
     ) -> str:
         """The subject and a random number of its attributes in random order.
 
@@ -99,6 +100,7 @@ class CaptionedImages:
             rng: draws everything.
             bare_rate: share of captions that are attributes alone.
             subject_rate: share of captions that are the subject alone, beside those drawn so anyway.
+            fewest: attributes at least beside a subject that is not alone by ``subject_rate``.
         """
         if subject_rate and rng.random() < subject_rate:
             return self.prompts[index]
@@ -106,7 +108,9 @@ class CaptionedImages:
         order = [words[i] for i in rng.permutation(len(words)).tolist()]
         if rng.random() < bare_rate and order:
             return ", ".join(order[: int(rng.integers(1, len(order) + 1))])
-        return ", ".join([self.prompts[index], *order[: int(rng.integers(0, len(order) + 1))]])
+        return ", ".join(
+            [self.prompts[index], *order[: int(rng.integers(min(fewest, len(order)), len(order) + 1))]]
+        )
 
     def labels(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
         """Value index per group (N, groups), and the group names."""
