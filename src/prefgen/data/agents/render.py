@@ -43,12 +43,8 @@ HISTORY_FILE = "history.jsonl"
 
 DrawingSplit = Literal["train", "studies", "heldout", "judge"]
 
-PLAINEST = {
-    "background": ("plain white", "plain black", "grid paper", "stripes"),
-    "composition": ("centered", "close-up", "wide", "tall", "tilted"),
-    "finish": ("clean edges", "soft focus", "round crop", "vignette"),
-}
-"""The values that hide and deform a subject least, plainest first; studies take the first they may."""
+PLAIN = {"background": "plain white", "composition": "centered", "finish": "clean edges"}
+"""The values that hide and deform a subject least; studies show every subject under them."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -226,9 +222,9 @@ def drawing(
     Args:
         index: number of the drawing.
         split: ``train`` shows test concepts under half of the values of each group; ``studies`` shows all
-            concepts as plainly as these values allow, in any palette and rendering, for a base model to learn
-            what the subjects look like; ``heldout`` (for gates) and ``judge`` (for the judge alone) come from
-            streams of their own and show all values.
+            concepts plainly (:data:`PLAIN`), in the palettes and renderings of their half, for a base model
+            to learn what the subjects look like; ``heldout`` (for gates) and ``judge`` (for the judge alone)
+            come from streams of their own and show all values.
         seed: of the whole set.
         image_size: side in pixels.
         subjects: what is drawn.
@@ -239,7 +235,7 @@ def drawing(
     limited = split in ("train", "studies")
     values = np.array([rng.choice(choice) if limited else rng.integers(NUM_VALUES) for choice in allowed])
     if split == "studies":
-        _make_plain(values, allowed=allowed)
+        _make_plain(values)
     return Drawing(
         key=f"{index:07d}",
         phrase=concept.phrase,
@@ -249,13 +245,10 @@ def drawing(
     )
 
 
-def _make_plain(values: npt.NDArray[np.int64], *, allowed: list[npt.NDArray[np.int64]]) -> None:
-    """Replace background, composition and finish by the plainest value allowed, where there is one."""
+def _make_plain(values: npt.NDArray[np.int64]) -> None:
     for place, (group, words) in enumerate(ATTRIBUTE_GROUPS.items()):
-        for name in PLAINEST.get(group, ()):
-            if (value := words.index(name)) in allowed[place]:
-                values[place] = value
-                break
+        if group in PLAIN:
+            values[place] = words.index(PLAIN[group])
 
 
 def write_drawings(
