@@ -101,9 +101,7 @@ def accuracy(judge: Judge, images: Tensor, data: CaptionedImages) -> dict[str, f
     return figures | {"subject": float(np.mean(hits))}
 
 
-def _restored(
-    vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, cache: Path
-) -> npt.NDArray[np.uint8]:
+def _restored(vae: AutoencoderKL, images: npt.NDArray[np.uint8], *, cache: Path) -> npt.NDArray[np.uint8]:
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         back = ((reconstruct(vae, images) + 1) * 127.5).round().to(torch.uint8)
