@@ -227,13 +227,15 @@ def test_standardised_latents_restore_the_same_pictures(pictures):
 
 @pytest.fixture(scope="module")
 def foundation(shards, tmp_path_factory):
-    """All parts by the same function as the real ones, at plans of two steps."""
+    """All parts by the same function as the real ones, at plans of two steps and exams of six episodes."""
     folder = tmp_path_factory.mktemp("foundation")
     plans = [(module, "PLAN") for module in (vae, clip, unet, judge)]
     plans += [(clip, "TOWER_PLAN"), *((mllm, f"{name}_PLAN") for name in ("TOWER", "GROUPING", "SPEAKING"))]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in plans:
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
+        patch.setattr(mllm, "EXAM_EPISODES", 6)
+        patch.setattr(mllm, "NUM_CAPTIONS", 4)
         for part in ("vae", "clip", "unet", "mllm", "judge"):
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")
     return folder / "out"
