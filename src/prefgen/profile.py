@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import SEAL, is_whole, sealed
 
 PROFILE_VERSION = 2
 """Version of the file that is written. Version 1, which did not count updates, is read too."""
@@ -174,7 +175,7 @@ class UserProfile:
             "dislikes": self.dislikes,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        data = to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        data = to_bytes(tensors, metadata={_HEADER_KEY: sealed(header, tensors=tensors)})
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ class UserProfile:
         """Read and check a file.
 
         Raises:
-            CheckpointError: no file, no profile, another version, torn, oversized, or not finite.
+            CheckpointError: no file, no profile, another version, torn, damaged, oversized, or not finite.
         """
         try:
             size = path.stat().st_size
@@ -212,9 +213,15 @@ class UserProfile:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} is no prefgen profile or torn: {reason}") from None
         try:
-            return UserProfile(**tensors, **_read_header(text))
+            profile = UserProfile(**tensors, **_read_header(text))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        if not is_whole(_json_object(text), tensors=tensors):
+            raise CheckpointError(
+                f"{path} is damaged: its {SEAL} does not fit its content; copy it again, or build it again "
+                "with 'prefgen profile build'"
+            )
+        return profile
 
 
 def _check_tensor(tensor: Tensor, *, name: str) -> None:
