@@ -27,7 +27,7 @@ from prefgen.stages.features import model_source
 from prefgen.study.asking import frozen_dtype
 from prefgen.study.conditions import ADAPTER, draw_settings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig
-from prefgen.study.judged import measure_judge
+from prefgen.study.known_drawings import read_known_drawings
 from prefgen.study.run import settled
 from prefgen.study.users import StudyUser, load_users, prompt_pool
 from prefgen.taste import TasteModels
@@ -164,20 +164,7 @@ def _judged_words(
     path = out / "judge.json"
     if path.is_file():
         return list(json.loads(path.read_text(encoding="utf-8"))["judged"])
-    settings = config.evaluate
-    total = min(settings.max_judged_images, sum(len(user.images) for user in users))
-    with tqdm(total=total, unit="image", desc="restoring", dynamic_ncols=True) as bar:
-        about = measure_judge(
-            judge,
-            users=users,
-            studio=studio,
-            pool=pool,
-            minimum=settings.minimum_accuracy,
-            max_images=settings.max_judged_images,
-            seed=config.seed,
-            batch_size=settings.batch_size,
-            progress=bar.update,
-        )
+    about = read_known_drawings(config, judge=judge, users=users, studio=studio, pool=pool)
     _write(path, about)
     return list(about["judged"])
 

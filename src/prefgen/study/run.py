@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prefgen.config import resolve_path
 from prefgen.errors import ConfigError
@@ -28,10 +27,10 @@ from prefgen.study.judged import (
     Intervals,
     copying_figures,
     judge_pictures,
-    measure_judge,
     preference_figures,
     worst_users,
 )
+from prefgen.study.known_drawings import read_known_drawings
 from prefgen.study.mllm_judge import MLLMJudge
 from prefgen.study.stages import RUNS, align_figures, probe_figures, run_figures
 from prefgen.study.users import StudyUser, load_users, prompt_pool
@@ -197,19 +196,8 @@ def _pictures(
         seed=seed,
     )
     intervals = Intervals(seed=seed, num_resamples=settings.num_resamples)
-    total = min(settings.max_judged_images, sum(len(user.images) for user in users))
-    with clock.part("judge on known drawings"), tqdm(total=total, unit="image", desc="restoring") as bar:
-        about_judge = measure_judge(
-            judge,
-            users=users,
-            studio=studio,
-            pool=pool,
-            minimum=settings.minimum_accuracy,
-            max_images=settings.max_judged_images,
-            seed=seed,
-            batch_size=settings.batch_size,
-            progress=bar.update,
-        )
+    with clock.part("judge on known drawings"):
+        about_judge = read_known_drawings(config, judge=judge, users=users, studio=studio, pool=pool)
     adapters = open_adapters(config, studio=studio)
     with clock.part("drawing"):
         drawn = draw_conditions(config, studio=studio, users=users, judge=judge, adapters=adapters)
