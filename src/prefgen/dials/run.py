@@ -24,7 +24,7 @@ from prefgen.evaluate.judges import Judge
 from prefgen.lineage import hash_file
 from prefgen.profile import PROFILE_PARTS
 from prefgen.stages.features import model_source
-from prefgen.study.asking import frozen_dtype
+from prefgen.study.asking import mllm_form
 from prefgen.study.conditions import ADAPTER, draw_settings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig
 from prefgen.study.known_drawings import read_known_drawings
@@ -127,8 +127,7 @@ def _fill(shelf: ProfileShelf, *, config: EvaluateConfig, plan: DialPlan, users:
         lora=lora if lora.is_dir() else None,
         probe=resolve_path(model.probe),
         image_encoder=_image_encoder(config),
-        dtype=frozen_dtype(in_bf16=model.precision == "bfloat16", device=model.device),
-        device=model.device,
+        **asdict(mllm_form(model)),
     )
     header = EmbeddingReader(resolve_path(config.data.embeddings), split="test").header
     for part in PROFILE_PARTS:

@@ -55,6 +55,19 @@ class EvaluateModelConfig:
     """Where MLLM and pipeline work; auto is a GPU where there is one. The judge works on the CPU."""
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
     """Layout of the convolutions."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention code of model.mllm and extra.mllm_judge; the flash ones need their package, a GPU and
+    model.precision=bfloat16."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 holds the linear layers of both in 4 bits (QLoRA; needs prefgen[qlora]), as in stages vqa and
+    probe."""
+
+    def __post_init__(self) -> None:
+        """Check relations."""
+        require(
+            not (self.attention.startswith("flash") and self.precision == "float32"),
+            f"model.attention={self.attention} takes half precision only; set model.precision=bfloat16",
+        )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from prefgen.errors import ConfigError
 from prefgen.evaluate.judges import Judge
 from prefgen.evaluate.report import ShownUser, write_report
 from prefgen.precision import has_fast_bf16
-from prefgen.study.asking import ask
+from prefgen.study.asking import ask, mllm_form
 from prefgen.study.conditions import draw_conditions, draw_extra, meanings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig, EvaluateExtraSection
 from prefgen.study.further import ExtraWork
@@ -136,7 +136,7 @@ FILES = {"report": "report.html", "metrics": "metrics.json", "timing": "timing.j
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     """What the figures depend on, without places: a report does not change by moving a folder."""
     plain = {key: value for key, value in asdict(config.evaluate).items() if key != "attribution"}
-    return {**plain, "precision": config.model.precision}
+    return {**plain, "precision": config.model.precision, "quantization": config.model.quantization}
 
 
 def _stage_figures(config: EvaluateConfig) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _questions(config: EvaluateConfig, *, judge: Judge) -> dict[str, Any]:
         num_questions=settings.num_questions,
         max_users=settings.max_asked_users,
         in_bf16=config.model.precision == "bfloat16",
-        device=config.model.device,
+        form=mllm_form(config.model),
         seed=config.seed,
         num_resamples=settings.num_resamples,
     )
