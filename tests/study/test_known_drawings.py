@@ -20,8 +20,30 @@ def models(tiny_study, tmp_path_factory):
     return shutil.copytree(tiny_study / "models", tmp_path_factory.mktemp("known") / "models")
 
 
+@pytest.fixture(scope="module")
+def studio(tiny_study):
+    config = load_evaluate_config(
+        overrides=[f"workdir={tiny_study}", f"model.pipeline={tiny_study / 'models' / 'pipeline'}"]
+    )
+    return open_studio(config)
+
+
+@pytest.fixture(scope="module")
+def people(tiny_study, studio):
+    return load_users(
+        tiny_study / "shards",
+        embeddings=tiny_study / "embeddings",
+        pool=["a fox"],
+        num_users=3,
+        num_prompts=1,
+        num_draws=1,
+        image_size=studio.bundle.image_size,
+        seed=0,
+    )
+
+
 @pytest.fixture
-def read(tiny_study, models, tmp_path, monkeypatch):
+def read(tiny_study, models, studio, people, tmp_path, monkeypatch):
     """Reads as an evaluation would; says how many drawings were restored."""
     restored = []
 
@@ -44,19 +66,9 @@ def read(tiny_study, models, tmp_path, monkeypatch):
                 *more,
             ]
         )
-        judge, studio = Judge.load(resolve_path(config.model.judge)), open_studio(config)
-        shards = resolve_path(config.data.shards)
-        pool = prompt_pool(shards, known=judge.subjects)
-        users = load_users(
-            shards,
-            embeddings=resolve_path(config.data.embeddings),
-            pool=pool,
-            num_users=config.evaluate.num_users,
-            num_prompts=1,
-            num_draws=1,
-            image_size=studio.bundle.image_size,
-            seed=config.seed,
-        )
+        judge = Judge.load(resolve_path(config.model.judge))
+        pool = prompt_pool(resolve_path(config.data.shards), known=judge.subjects)
+        users = people[: config.evaluate.num_users]
         found = read_known_drawings(config, judge=judge, users=users, studio=studio, pool=pool)
         return found, sum(restored)
 

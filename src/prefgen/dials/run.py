@@ -194,6 +194,8 @@ def _check_inputs(config: EvaluateConfig, *, plan: DialPlan, out: Path) -> None:
         # The walk of updates starts there, and the order of the images is cut at the largest number.
         "--images": [plan.images[0], max(plan.reference, *plan.images)],
     }
+    if model.quantization != "none":
+        inputs["model.quantization"] = model.quantization
     path = out / INPUTS
     try:
         out.mkdir(parents=True, exist_ok=True)
