@@ -152,7 +152,7 @@ def _flipped_profile(folder: Path) -> list[str]:
     from prefgen.profile import TENSORS, ProfileCounts, UserProfile
 
     path = folder / "me.safetensors"
-    tensors = {name: torch.ones(3) for name in TENSORS}
+    tensors: dict[str, Any] = {name: torch.ones(3) for name in TENSORS}
     UserProfile(**tensors, counts=ProfileCounts(liked=1, disliked=1, draws=1)).save(path)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
