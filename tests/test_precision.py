@@ -7,6 +7,7 @@ from prefgen.config import load_config
 from prefgen.config_keys import read_yaml
 from prefgen.foundation.loop import quick
 from prefgen.precision import BF16_INSTRUCTIONS, has_bf16_products, has_fast_bf16, settle_precision
+from prefgen.stages import STAGES
 
 
 def with_cpu(monkeypatch, **found):
@@ -51,10 +52,17 @@ def test_what_was_asked_for_stays(monkeypatch):
     assert settled.model.vae_dtype == "float32"
 
 
-def test_stages_without_models_of_such_formats_pass(monkeypatch):
+def test_a_configuration_without_auto_passes(monkeypatch):
     with_cpu(monkeypatch, avx2=True)
     config = load_config("align", overrides=["workdir=x"])
     assert settle_precision(config) == config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_its_frozen_format_to_the_device_if_asked(monkeypatch, stage):
+    with_cpu(monkeypatch, avx2=True, avx512_bf16=True)
+    config = load_config(stage, overrides=["workdir=x", "model.frozen_dtype=auto"])
+    assert settle_precision(config).model.frozen_dtype == "bfloat16"
 
 
 def test_the_mini_presets_leave_the_choice_to_the_device():

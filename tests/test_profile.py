@@ -118,7 +118,7 @@ def test_files_of_version_1_are_read(tmp_path):
     path = tmp_path / "me.safetensors"
     profile = make_profile()
     profile.save(path)
-    header = _header(path)
+    header = {name: value for name, value in _header(path).items() if name != "sha256"}
     old = {name: header["counts"][name] for name in ("liked", "disliked", "draws")}
     _rewrite(path, header={**header, "version": 1, "counts": old})
     loaded = UserProfile.load(path)
@@ -162,6 +162,18 @@ def test_files_that_are_no_profile_are_refused(tmp_path):
     with path.open("r+b") as file:
         file.truncate(17 << 20)
     with pytest.raises(CheckpointError, match="a profile has at most"):
+        UserProfile.load(path)
+
+
+@pytest.mark.parametrize("where", [-1, b"aaaa"])
+def test_a_bit_that_has_turned_is_noticed(tmp_path, where):
+    """In a number, and in the hash of the model that made it."""
+    path = tmp_path / "me.safetensors"
+    make_profile().save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(where) if isinstance(where, bytes) else where] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged: its sha256 .*; copy it again, or build it again"):
         UserProfile.load(path)
 
 

@@ -21,6 +21,7 @@ from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.testing.resume import assert_resume_is_exact, assert_same
 from toy_config import ToyConfig
 from toy_stage import ToyData, ToyModule
+from zygote import Zygote
 
 
 def toy(tmp_path, *overrides):
@@ -324,38 +325,81 @@ def test_sharding_over_one_rank_is_the_plain_run(tmp_path):
     assert plain.places["artefact"].read_text() == again.places["artefact"].read_text()
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {tests!r})
+SLOW_TOY = f"""
+import os, sys, time, types
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import prefgen.stages as stages
 from prefgen.stages import StageEntry
 stages.STAGES["align"] = StageEntry(
     config="toy_config:ToyConfig", data="toy_stage:ToyData", module="slow_toy:SlowToy")
-import types, toy_stage
+import prefgen.run, toy_stage
 slow = types.ModuleType("slow_toy")
 class SlowToy(toy_stage.ToyModule):
     def training_step(self, batch, batch_idx):
         if self.trainer.global_step >= 2:
-            time.sleep({nap})
+            time.sleep(float(os.environ["NAP"]))
         return super().training_step(batch, batch_idx)
 slow.SlowToy = SlowToy
 sys.modules["slow_toy"] = slow
+"""
+
+
+def fit_words(tmp_path, *more, steps):
+    (tmp_path / "shards").mkdir(exist_ok=True)
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    (tmp_path / "empty.yaml").write_text("")
+    words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
+    words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1"]
+    return [*words, *more]
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory):
+    started = Zygote(SLOW_TOY, folder=tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_writes_a_checkpoint_and_says_how_to_go_on(zygote, tmp_path, number):
+    process = zygote.start(*fit_words(tmp_path, steps=500), NAP="0.2")
+    try:
+        process.wait_for(tmp_path / "toy" / "checkpoints" / "step-00000002.ckpt")
+        process.send_signal(number)
+    except BaseException:
+        process.send_signal(signal.SIGKILL)
+        raise
+    status, _, err = process.wait()
+    assert status == 128 + number, err
+    assert f"stopped by {number.name} after step" in err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert err.splitlines()[0].startswith("fit align: config ")
+    assert str(tmp_path / "toy") in err.splitlines()[0]
+    if number != signal.SIGTERM:
+        return
+    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
+    status, out, err = zygote.start(*fit_words(tmp_path, steps=int(last.stem[5:]) + 1), NAP="0").wait()
+    assert status == 0, err
+    assert f"going on from {last}" in err
+    assert "artefact: " in out
+    assert "checkpoint: " in out
+    assert "log: " in out
+
+
+SCRIPT = f"""{SLOW_TOY}
 from prefgen.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def start(tmp_path, *more, nap, steps, **variables):
-    (tmp_path / "shards").mkdir(exist_ok=True)
-    (tmp_path / "shards" / "index.json").write_text("{}")
-    (tmp_path / "empty.yaml").write_text("")
-    words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
-    words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1", *more]
+    """A command of its own from the first import on: what starts further ranks, or asks Slurm."""
     script = tmp_path / "toy_command.py"  # a file, since Lightning starts further ranks by it
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), nap=nap))
-    environment = {**os.environ, "PYTHONWARNINGS": "default", **variables}
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONWARNINGS": "default", "NAP": str(nap), **variables}
     return subprocess.Popen(
-        [sys.executable, str(script), *words],
+        [sys.executable, str(script), *fit_words(tmp_path, *more, steps=steps)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
@@ -366,33 +410,6 @@ def wait_for_step(tmp_path, process, *, step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no checkpoint in 90 s"
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
-    process = start(tmp_path, nap=0.2, steps=500)
-    try:
-        wait_for_step(tmp_path, process, step=2)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number, err
-    assert f"stopped by {number.name} after step" in err
-    assert "run the same command again to go on" in err
-    assert "Traceback" not in err
-    assert err.splitlines()[0].startswith("fit align: config ")
-    assert str(tmp_path / "toy") in err.splitlines()[0]
-    if number != signal.SIGTERM:
-        return
-    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
-    again = start(tmp_path, nap=0, steps=int(last.stem[5:]) + 1)
-    out, err = again.communicate(timeout=90)
-    assert again.returncode == 0, err
-    assert f"going on from {last}" in err
-    assert "artefact: " in out
-    assert "checkpoint: " in out
-    assert "log: " in out
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from prefgen.run import run_stage
 from prefgen.stages.features import model_hash, model_source
 from prefgen.stages.probe.disjoint import PARTS, PLACES
 from prefgen.stages.probe.report import POOLING_WORDS, TITLES
-from prefgen.stages.probe.unseen import PLACE_WORDS, plot_identification
+from prefgen.stages.probe.unseen import PLACE_WORDS, legend_above, plot_identification
 
 NAMES = {"tuned": "fine-tuned", "base": "before fine-tuning", "random": "random weights"}
 DEFAULTS = ("data.inter_target=true", "probe.classifiers=[adamw,ridge,logistic]")
@@ -110,6 +110,7 @@ def draw_identification(reports: dict[str, Record], *, path: Path) -> Path:
         for axes, (name, report) in zip(grid[row], reports.items(), strict=True):
             plot_identification(axes, report["unseen"], part=part)
             axes.set_title(f"{part}, {NAMES[name]}", fontsize=10)
+    legend_above(grid[0][0])
     figure.savefig(path)
     return path
 
@@ -118,8 +119,10 @@ def draw_cosines(reports: dict[str, Record], *, path: Path) -> Path:
     """Within users and between them, over disjoint histories and over targets: a panel a part."""
     figure = Figure(figsize=(5.5 * len(PARTS), 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, part in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS, strict=True):
+    panels = figure.subplots(1, len(PARTS), sharey=True)
+    for axes, part in zip(panels, PARTS, strict=True):
         _cosine_bars(axes, reports, part=part)
+    legend_above(panels[0])
     figure.savefig(path)
     return path
 
@@ -147,7 +150,6 @@ def _cosine_bars(axes: Axes, reports: dict[str, Record], *, part: str) -> None:
     axes.set_xticks(places, labels, fontsize=7, rotation=30)
     axes.set_title(part, fontsize=10)
     axes.set_ylabel("cosine from the common mean")
-    axes.legend(fontsize=8)
 
 
 def markdown(reports: dict[str, Record]) -> str:

@@ -19,13 +19,14 @@ from prefgen.artefacts import Artefacts
 from prefgen.errors import CheckpointError, PrefgenError
 from prefgen.lineage import hash_folder
 from prefgen.models.projector import load_projector
+from prefgen.models.text_lora import TEXT_LORA_FILE
 
 FIGURES = ("vqa_accuracy", "history_blind", "own_vs_base", "own_vs_other", "own_vs_image_only")
 """What the card repeats of the report."""
 
 
 def ship(work: Path, *, out: Path) -> dict[str, Any]:
-    """Copy LoRA, probe.json, projector, readout, user adapter and any calibration, and write the card.
+    """Copy LoRA, probe, projector, readout, adapter, and any calibration and text LoRA; write the card.
 
     Raises:
         CheckpointError: a part is missing, or belongs to another MLLM than the one in ``out``.
@@ -38,10 +39,14 @@ def ship(work: Path, *, out: Path) -> dict[str, Any]:
             f"{parts.projector} belongs to another MLLM than {out / 'mllm'}; run the demo again"
         )
     sizes = {}
-    (out / "calibration.json").unlink(missing_ok=True)  # of an older LoRA
-    optional = [(parts.calibration, "calibration.json")] if parts.calibration.is_file() else []
+    optional = (
+        (parts.calibration, "calibration.json"),
+        (parts.user_adapter.with_name(TEXT_LORA_FILE), TEXT_LORA_FILE),
+    )
+    for _, name in optional:
+        (out / name).unlink(missing_ok=True)  # of older artefacts
     for source, name in (
-        *optional,
+        *((source, name) for source, name in optional if source.is_file()),
         (parts.lora, "lora"),
         (parts.probe, "probe.json"),
         (parts.projector, "projector.safetensors"),

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prefgen.errors import CheckpointError
+from prefgen.models.artefact_file import SEAL, is_whole, sealed
 from prefgen.whole_file import whole_file
 
 PROFILE_VERSION = 2
@@ -173,7 +174,7 @@ class UserProfile:
             "dislikes": self.dislikes,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        data = to_bytes(tensors, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        data = to_bytes(tensors, metadata={_HEADER_KEY: sealed(header, tensors=tensors)})
         try:
             with whole_file(path, shared=True) as part:
                 part.write_bytes(data)
@@ -185,7 +186,7 @@ class UserProfile:
         """Read and check a file.
 
         Raises:
-            CheckpointError: no file, no profile, another version, torn, oversized, or not finite.
+            CheckpointError: no file, no profile, another version, torn, damaged, oversized, or not finite.
         """
         try:
             size = path.stat().st_size
@@ -207,9 +208,15 @@ class UserProfile:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} is no prefgen profile or torn: {reason}") from None
         try:
-            return UserProfile(**tensors, **_read_header(text))
+            profile = UserProfile(**tensors, **_read_header(text))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        if not is_whole(_json_object(text), tensors=tensors):
+            raise CheckpointError(
+                f"{path} is damaged: its {SEAL} does not fit its content; copy it again, or build it again "
+                "with 'prefgen profile build'"
+            )
+        return profile
 
 
 def _check_tensor(tensor: Tensor, *, name: str) -> None:

@@ -16,8 +16,9 @@ from prefgen.errors import CheckpointError, DataError
 from prefgen.lineage import hash_folder, hash_json
 from prefgen.models.image_encoder import ImageEncoder
 from prefgen.models.lora import load_lora
-from prefgen.models.mllm import MLLM
+from prefgen.models.mllm import MLLM, Attention
 from prefgen.models.probes import LayerChoice, choice_to_json, read_choice
+from prefgen.models.quantization import Quantization
 from prefgen.models.questions import parse_attributes
 from prefgen.models.representation import References, embed_references, list_attributes
 from prefgen.profile import UserProfile
@@ -57,6 +58,8 @@ class TasteModels:
         image_encoder: Path,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        attention: Attention = "sdpa",
+        quantization: Quantization = "none",
     ) -> TasteModels:
         """Read the models.
 
@@ -67,6 +70,8 @@ class TasteModels:
             image_encoder: folder of the CLIP image encoder, with its preprocessing in it or beside it.
             dtype: of the frozen weights.
             device: where to work.
+            attention: of the MLLM; see :meth:`MLLM.load`.
+            quantization: likewise.
 
         Raises:
             CheckpointError: something is missing or does not fit.
@@ -82,7 +87,7 @@ class TasteModels:
             "probe": hash_json(choice_to_json(choice)),
             "image_encoder": hash_folder(image_encoder),
         }
-        model = MLLM.load(mllm, dtype=dtype, device=device)
+        model = MLLM.load(mllm, dtype=dtype, device=device, attention=attention, quantization=quantization)
         if lora is not None:
             load_lora(model, path=lora, mllm_hash=models["mllm"])
         deepest = max(choice.core_layer, *choice.sem_layers)

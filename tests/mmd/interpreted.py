@@ -17,9 +17,9 @@ from prefgen.mmd.triton_pass import Launch, TritonPass
 
 CHAIN = tuple(9.0 * 2 ** (-k / 2) for k in range(5))
 CASES = [
-    {"n": 70, "m": 53, "width": 40, "sigmas": CHAIN},
-    {"n": 53, "m": 49, "width": 16, "sigmas": (7.0, 5.0, 2.0), "estimator": "unbiased", "tile": 20},
-    {"n": 41, "m": 41, "width": 18, "sigmas": (4.0,), "estimator": "ustat", "tile": 24},
+    {"n": 37, "m": 33, "width": 40, "sigmas": CHAIN, "tile": 32},
+    {"n": 41, "m": 25, "width": 16, "sigmas": (7.0, 5.0, 2.0), "estimator": "unbiased", "tile": 20},
+    {"n": 29, "m": 29, "width": 18, "sigmas": (4.0,), "estimator": "ustat", "tile": 24},
     {"n": 1, "m": 35, "width": 130, "sigmas": CHAIN[:3], "weighted": True},
     {"n": 20, "m": 18, "width": 24, "sigmas": (0.003,)},
     {"n": 40, "m": 37, "width": 24, "sigmas": CHAIN, "precision": "tf32"},

@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prefgen.errors import CheckpointError
 from prefgen.models.artefact_file import ArtefactKind
@@ -36,6 +37,35 @@ def test_absent_torn_foreign_and_older_files_are_one_line(tmp_path):
     path.write_bytes(b"\x10")
     with pytest.raises(CheckpointError, match="is no thing or torn: "):
         KIND.read(path)
+
+
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3).T,
+    "half": torch.arange(3).to(torch.bfloat16),
+    "flag": torch.tensor(True),
+    "empty": torch.zeros(0, 4),
+}
+
+
+@pytest.mark.parametrize("where", [-1, -9, "three"])
+def test_a_bit_that_has_turned_is_noticed(tmp_path, where):
+    path = tmp_path / "thing.safetensors"
+    KIND.write(path, tensors=TENSORS, header={"words": ["three"], 4: [0.1, None]})
+    whole = path.read_bytes()
+    assert KIND.read(path)[0] == {"words": ["three"], "4": [0.1, None], "version": 2}
+    data = bytearray(whole)
+    data[data.index(b"three") if where == "three" else where] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged: its sha256 .*; copy it again, or run 'prefgen fit"):
+        KIND.read(path)
+    KIND.write(path, tensors=TENSORS, header={"words": ["three"], 4: [0.1, None]})
+    assert path.read_bytes() == whole
+
+
+def test_files_from_before_there_was_a_seal_are_read(tmp_path):
+    path = tmp_path / "thing.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"thing": '{"version": 2}'})
+    assert KIND.read(path)[0] == {"version": 2}
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a\nb"), TypeError()])

@@ -12,7 +12,8 @@ from prefgen.evaluate.report_extra import extra_section
 from prefgen.evaluate.study_report import about_mllm_judge
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import FIRST_SECOND
-from prefgen.study.config import load_evaluate_config
+from prefgen.study.asking import MLLMForm, mllm_form
+from prefgen.study.config import EvaluateModelConfig, load_evaluate_config
 from prefgen.study.judged import Intervals
 from prefgen.study.mllm_judge import MLLMJudge, ask_mllm_judge, choice_figures
 from prefgen.study.users import load_users
@@ -52,7 +53,12 @@ def drawn():
 
 def judge_in(folder):
     return MLLMJudge(
-        path=folder, family="idefics3", hash="0" * 64, independent=True, num_references=4, dtype=torch.float32
+        path=folder,
+        family="idefics3",
+        hash="0" * 64,
+        independent=True,
+        num_references=4,
+        form=mllm_form(EvaluateModelConfig()),
     )
 
 
@@ -162,6 +168,13 @@ def test_the_mllm_that_was_trained_may_not_judge_unless_it_is_said(folder, tmp_p
     found = MLLMJudge.find(config(folder, other, "evaluate.num_references=3"))
     assert found.independent
     assert (found.family, found.num_references) == ("qwen3_vl", 3)
+    held = ("attention=eager", "quantization=nf4", "device=cuda", "precision=bfloat16")
+    held = [f"model.{setting}" for setting in held]
+    form = MLLMJudge.find(config(folder, other, *held)).form
+    assert form == MLLMForm(dtype=torch.bfloat16, device="cuda", attention="eager", quantization="nf4")
+    assert form == mllm_form(config(folder, other, *held).model)
+    with pytest.raises(ConfigError, match="model.attention=flash_attention_2 takes half precision only"):
+        config(folder, other, "model.attention=flash_attention_2", "model.precision=float32")
     assert MLLMJudge.find(load_evaluate_config()) is None
     with pytest.raises(ConfigError, match="no folder to compare them with"):
         MLLMJudge.find(config("someone/a-model", folder))

@@ -11,8 +11,14 @@ from prefgen.errors import ConfigError, DataError
 from prefgen.evaluate.judges import Judge
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.sampling import sample
+from prefgen.study.asking import mllm_form
 from prefgen.study.baselines import EXTRA_MEANINGS, draw_rivals, liked_minus_disliked, mean_embedding
-from prefgen.study.config import EXTRA_CONDITIONS, EvaluateExtraSection, load_evaluate_config
+from prefgen.study.config import (
+    EXTRA_CONDITIONS,
+    EvaluateExtraSection,
+    EvaluateModelConfig,
+    load_evaluate_config,
+)
 from prefgen.study.drawing import DrawSettings, Studio
 from prefgen.study.feedback import draw_with_feedback
 from prefgen.study.inversion import InvertedText, draw_inverted, learn
@@ -83,7 +89,7 @@ def test_all_of_them_draw_and_leave_the_unet_as_it_was(studio, users, base, tiny
         image_only=adapter,
         mllm=str(tiny_study / "models" / "mllm"),
         lora=tiny_study / "vqa" / "lora",
-        in_bf16=False,
+        form=mllm_form(EvaluateModelConfig()),
         settings=SETTINGS,
         seed=0,
         timed=timed,

@@ -44,14 +44,17 @@ def test_everything_a_profile_needs_is_copied_with_a_card(tool, work, tmp_path):
     assert json.loads((tmp_path / "out" / "cards" / "artefacts.json").read_text()) == card
 
 
-def test_a_calibration_goes_along_and_an_older_one_does_not_stay(tool, work, tmp_path):
+@pytest.mark.parametrize("name", ["vqa/calibration.json", "inject/text_lora.safetensors"])
+def test_what_need_not_be_there_goes_along_and_an_older_one_does_not_stay(tool, work, tmp_path, name):
+    source, target = work / name, tmp_path / "out" / Path(name).name
     tool.ship(work, out=tmp_path / "out")
-    assert not (tmp_path / "out" / "calibration.json").exists()
-    (work / "vqa" / "calibration.json").write_text("{}")
-    assert tool.ship(work, out=tmp_path / "out")["bytes"]["calibration.json"] == 2
-    (work / "vqa" / "calibration.json").unlink()
-    tool.ship(work, out=tmp_path / "out")
-    assert not (tmp_path / "out" / "calibration.json").exists()
+    assert not target.exists()
+    source.write_text("{}")
+    assert tool.ship(work, out=tmp_path / "out")["bytes"][target.name] == 2
+    assert target.read_text() == "{}"
+    source.unlink()
+    assert target.name not in tool.ship(work, out=tmp_path / "out")["bytes"]
+    assert not target.exists()
 
 
 def test_artefacts_of_another_foundation_are_refused(tool, work, tmp_path):

@@ -24,10 +24,10 @@ from prefgen.evaluate.judges import Judge
 from prefgen.lineage import hash_file
 from prefgen.profile import PROFILE_PARTS
 from prefgen.stages.features import model_source
-from prefgen.study.asking import frozen_dtype
+from prefgen.study.asking import mllm_form
 from prefgen.study.conditions import ADAPTER, draw_settings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig
-from prefgen.study.judged import measure_judge
+from prefgen.study.known_drawings import read_known_drawings
 from prefgen.study.run import settled
 from prefgen.study.users import StudyUser, load_users, prompt_pool
 from prefgen.taste import TasteModels
@@ -128,8 +128,7 @@ def _fill(shelf: ProfileShelf, *, config: EvaluateConfig, plan: DialPlan, users:
         lora=lora if lora.is_dir() else None,
         probe=resolve_path(model.probe),
         image_encoder=_image_encoder(config),
-        dtype=frozen_dtype(in_bf16=model.precision == "bfloat16", device=model.device),
-        device=model.device,
+        **asdict(mllm_form(model)),
     )
     header = EmbeddingReader(resolve_path(config.data.embeddings), split="test").header
     for part in PROFILE_PARTS:
@@ -165,20 +164,7 @@ def _judged_words(
     path = out / "judge.json"
     if path.is_file():
         return list(json.loads(path.read_text(encoding="utf-8"))["judged"])
-    settings = config.evaluate
-    total = min(settings.max_judged_images, sum(len(user.images) for user in users))
-    with tqdm(total=total, unit="image", desc="restoring", dynamic_ncols=True) as bar:
-        about = measure_judge(
-            judge,
-            users=users,
-            studio=studio,
-            pool=pool,
-            minimum=settings.minimum_accuracy,
-            max_images=settings.max_judged_images,
-            seed=config.seed,
-            batch_size=settings.batch_size,
-            progress=bar.update,
-        )
+    about = read_known_drawings(config, judge=judge, users=users, studio=studio, pool=pool)
     write_json(path, content=about, allow_nan=False)
     return list(about["judged"])
 
@@ -209,6 +195,8 @@ def _check_inputs(config: EvaluateConfig, *, plan: DialPlan, out: Path) -> None:
         # The walk of updates starts there, and the order of the images is cut at the largest number.
         "--images": [plan.images[0], max(plan.reference, *plan.images)],
     }
+    if model.quantization != "none":
+        inputs["model.quantization"] = model.quantization
     path = out / INPUTS
     try:
         out.mkdir(parents=True, exist_ok=True)

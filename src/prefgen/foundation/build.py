@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,12 @@ def build_part(
     Raises:
         DataError: shards or an earlier part are missing.
     """
-    source = "judge" if part == "judge" else "train"
-    data = load_captioned(shards, split=source, cache=work / "cache")
-    heldout = load_captioned(shards, split="heldout", cache=work / "cache")
     for needed in {"unet": ("vae", "text_encoder"), "judge": ("vae",)}.get(part, ()):
         if not (out / "pipeline" / needed).is_dir():
             raise DataError(f"{part} needs {out / 'pipeline' / needed}; train the parts before it first")
-    figures = _train(
-        part, data, heldout, shards=shards, work=work / part, out=out, seed=seed, steps=steps, start=start
-    )
+    load = partial(load_captioned, shards, cache=work / "cache")
+    data = load(split="judge" if part == "judge" else "train")
+    figures = _train(part, data, load=load, work=work / part, out=out, seed=seed, steps=steps, start=start)
     card = {
         "part": part,
         "pictures": len(data),
@@ -70,34 +69,32 @@ def build_part(
 def _train(
     part: str,
     data: CaptionedImages,
-    heldout: CaptionedImages,
     *,
-    shards: Path,
+    load: Callable[..., CaptionedImages],
     work: Path,
     out: Path,
     seed: int,
     steps: int | None,
     start: Path | None,
 ) -> dict[str, object]:
-    # One part at a time is imported: diffusers and transformers take seconds each.
+    # One part at a time is imported: diffusers and transformers take seconds each. And no part waits for
+    # pictures that it does not look at.
     pipeline = out / "pipeline"
     if part == "vae":
         from prefgen.foundation import vae
 
-        return vae.train_vae(
-            data, heldout, work=work, out=pipeline / "vae", plan=_plan(vae.PLAN, seed, steps)
-        )
+        plan = _plan(vae.PLAN, seed, steps)
+        return vae.train_vae(data, load(split="heldout"), work=work, out=pipeline / "vae", plan=plan)
     if part == "clip":
         from prefgen.foundation import clip
 
         both = (_plan(clip.TOWER_PLAN, seed, None), _plan(clip.PLAN, seed, steps))
-        return clip.train_clip(data, heldout, work=work, out=pipeline, plans=both)
+        return clip.train_clip(data, load(split="heldout"), work=work, out=pipeline, plans=both)
     if part == "unet":
         from prefgen.foundation import unet
 
-        studies = load_captioned(shards, split="studies", cache=work.parent / "cache")
         plan = _plan(unet.PLAN, seed, steps)
-        return unet.train_unet(data, studies, parts=pipeline, work=work, plan=plan, start=start)
+        return unet.train_unet(data, load(split="studies"), parts=pipeline, work=work, plan=plan, start=start)
     if part == "mllm":
         from prefgen.foundation import mllm
 
@@ -111,7 +108,7 @@ def _train(
 
     return judge.train_judge(
         data,
-        heldout,
+        load(split="heldout"),
         vae=pipeline / "vae",
         work=work,
         out=out / "judge.safetensors",

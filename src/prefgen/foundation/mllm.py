@@ -69,6 +69,7 @@ NAMES_FROM = 2 / 3
 """From this share of the steps on, sets are often called by names drawn anew."""
 
 EXAM = Difficulty(min_groups=2, max_groups=4, num_values=2, min_images=8)
+EXAM_EPISODES = 128
 SIDE_WEIGHTS = ((0.0, 0.33, 0.53, NAMES_FROM, 0.67, 0.85, 0.95), (1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0))
 """Share of the steps and weight of the loss on each picture's own side there, linear in between."""
 
@@ -156,7 +157,7 @@ class GroupingSchool:
                 draw_episode(
                     unseen_index, difficulty=EXAM, rng=rng, names=names, shares=(0.0, 0.0), opposed=opposed
                 )
-                for _ in range(128)
+                for _ in range(EXAM_EPISODES)
             ]
 
         self._exams = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,47 @@ from prefgen.evaluate.alignment import Estimate, bootstrap
 from prefgen.evaluate.oracle import oracle_scores
 from prefgen.evaluate.preference import share_of
 from prefgen.models.lora import load_lora
-from prefgen.models.mllm import MLLM
+from prefgen.models.mllm import MLLM, Attention
+from prefgen.models.quantization import Quantization
 from prefgen.models.questions import UserRows
 from prefgen.models.scoring import LikeScores, draw_like, like_accuracy
 from prefgen.stages.features import load_features, model_hash, model_source
+from prefgen.study.config import EvaluateModelConfig
 
 
-def frozen_dtype(*, in_bf16: bool, device: str) -> torch.dtype:
-    """Number format in which an evaluation holds the MLLM: half of it on a GPU, where 8 B would not fit."""
-    return torch.bfloat16 if in_bf16 and device != "cpu" else torch.float32
+@dataclass(frozen=True, kw_only=True)
+class MLLMForm:
+    """In which form an evaluation holds a multimodal LLM; the words are those of :meth:`MLLM.load`."""
+
+    dtype: torch.dtype
+    device: str
+    attention: Attention
+    quantization: Quantization
+
+    def load(self, path: Path | str) -> MLLM:
+        """Read one.
+
+        Raises:
+            CheckpointError: see :meth:`MLLM.load`.
+        """
+        return MLLM.load(
+            path,
+            dtype=self.dtype,
+            device=self.device,
+            attention=self.attention,
+            quantization=self.quantization,
+        )
+
+
+def mllm_form(model: EvaluateModelConfig) -> MLLMForm:
+    """That of the evaluated MLLM: half precision on a GPU, where 8 B would not fit otherwise."""
+    half = model.precision == "bfloat16" and model.device != "cpu"
+    return MLLMForm(
+        dtype=torch.bfloat16 if half else torch.float32,
+        device=model.device,
+        attention=model.attention,
+        quantization=model.quantization,
+    )
 
 
 def ask(
@@ -37,7 +69,7 @@ def ask(
     num_questions: int,
     max_users: int,
     in_bf16: bool,
-    device: str,
+    form: MLLMForm,
     seed: int,
     num_resamples: int,
 ) -> dict[str, Any]:
@@ -48,7 +80,7 @@ def ask(
         DataError: no test users.
     """
     model_id = model_hash(mllm)
-    model = MLLM.load(model_source(mllm), dtype=frozen_dtype(in_bf16=in_bf16, device=device), device=device)
+    model = form.load(model_source(mllm))
     data = load_features(
         model,
         shards=shards,
@@ -56,7 +88,7 @@ def ask(
         mllm_hash=model_id,
         cache=feature_cache,
         in_bf16=in_bf16,
-        device=device,
+        device=form.device,
     )
     users = [user for user in data.users if user.num_images > 1][: max_users or None]
 

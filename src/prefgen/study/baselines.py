@@ -19,13 +19,12 @@ from torch import Tensor
 from prefgen.errors import DataError
 from prefgen.models.fusion import PartName
 from prefgen.models.lora import load_lora
-from prefgen.models.mllm import MLLM
 from prefgen.models.pixels import to_pil
 from prefgen.models.representation import list_attributes
 from prefgen.models.user_adapter import UserAdapter
 from prefgen.schema import Side, image_key
 from prefgen.stages.features import model_hash, model_source
-from prefgen.study.asking import frozen_dtype
+from prefgen.study.asking import MLLMForm
 from prefgen.study.config import EvaluateExtraSection
 from prefgen.study.drawing import DrawSettings, Studio, fitted_prompt
 from prefgen.study.feedback import draw_with_feedback
@@ -65,7 +64,7 @@ def draw_rivals(
     image_only: UserAdapter | None,
     mllm: str,
     lora: Path,
-    in_bf16: bool,
+    form: MLLMForm,
     settings: DrawSettings,
     seed: int,
     timed: Callable[[str], contextlib.AbstractContextManager[None]],
@@ -80,7 +79,7 @@ def draw_rivals(
         image_only: the image-only adapter, for its relatives.
         mllm: folder or hub id, for ``words_mllm``.
         lora: its LoRA.
-        in_bf16: arithmetic of the MLLM on a GPU.
+        form: in which form the MLLM is held.
         settings: the same as for the other conditions.
         seed: of the draws of inversion.
         timed: opens a part of timing.json.
@@ -93,9 +92,8 @@ def draw_rivals(
     for name in (name for name in EXTRA_MEANINGS if name in extra.conditions):
         with timed(name):
             if name == "words_mllm":
-                dtype = frozen_dtype(in_bf16=in_bf16, device=studio.bundle.device.type)
                 drawn, facts = _words(
-                    studio, users, mllm=mllm, lora=lora, dtype=dtype, settings=settings, progress=progress
+                    studio, users, mllm=mllm, lora=lora, form=form, settings=settings, progress=progress
                 )
             elif name == "feedback":
                 drawn = draw_with_feedback(
@@ -184,12 +182,12 @@ def _words(
     *,
     mllm: str,
     lora: Path,
-    dtype: torch.dtype,
+    form: MLLMForm,
     settings: DrawSettings,
     progress: Callable[[int], object],
 ) -> tuple[Tensor, dict[str, Any]]:
     """Prompts with the MLLM's list of each user's references behind them."""
-    model = MLLM.load(model_source(mllm), dtype=dtype, device=studio.bundle.device)
+    model = form.load(model_source(mllm))
     load_lora(model, path=lora, mllm_hash=model_hash(mllm))
     told = [
         list_attributes(

@@ -13,6 +13,7 @@ from prefgen.config import resolve_path
 from prefgen.data.embeddings import EmbeddingReader
 from prefgen.evaluate.judges import Judge
 from prefgen.models.user_adapter import UserAdapter
+from prefgen.study.asking import mllm_form
 from prefgen.study.baselines import EXTRA_MEANINGS, Rivals, draw_rivals
 from prefgen.study.config import EvaluateConfig
 from prefgen.study.drawing import MEANINGS, DrawSettings, Studio, draw_all
@@ -115,7 +116,7 @@ def draw_extra(
             image_only=adapters.get("image_only"),
             mllm=config.model.mllm,
             lora=resolve_path(config.model.lora),
-            in_bf16=config.model.precision == "bfloat16",
+            form=mllm_form(config.model),
             settings=draw_settings(config),
             seed=config.seed,
             timed=timed,

@@ -22,10 +22,10 @@ from prefgen.evaluate.comparing import Comparison, compare, corrected
 from prefgen.evaluate.order_swap import OrderFlips, SwappedWinRate, first_chosen, swapped_wins
 from prefgen.models.choosing import choice_margins
 from prefgen.models.families import family_of
-from prefgen.models.mllm import MLLM
 from prefgen.models.pixels import to_pil
 from prefgen.models.questions import history_pieces
 from prefgen.stages.features import model_hash
+from prefgen.study.asking import MLLMForm, mllm_form
 from prefgen.study.config import EvaluateConfig
 from prefgen.study.judged import Intervals
 from prefgen.study.users import StudyUser
@@ -41,7 +41,7 @@ class MLLMJudge:
         hash: of its weights.
         independent: its weights are known not to be those that stage vqa started from.
         num_references: most images of either side of the history that it is shown.
-        dtype: of its weights.
+        form: in which form it is held.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class MLLMJudge:
     hash: str
     independent: bool
     num_references: int
-    dtype: torch.dtype
+    form: MLLMForm
 
     @staticmethod
     def find(config: EvaluateConfig) -> MLLMJudge | None:
@@ -72,13 +72,14 @@ class MLLMJudge:
                 "trained, or that is no folder to compare them with; name another multimodal LLM, or pass "
                 "extra.allow_own_mllm_judge=true to have the report say that it is not independent"
             )
+        half = config.model.precision == "bfloat16"
         return MLLMJudge(
             path=path,
             family=family,
             hash=found,
             independent=independent,
             num_references=config.evaluate.num_references,
-            dtype=torch.bfloat16 if config.model.precision == "bfloat16" else torch.float32,
+            form=replace(mllm_form(config.model), dtype=torch.bfloat16 if half else torch.float32),
         )
 
     def margins(
@@ -99,7 +100,7 @@ class MLLMJudge:
             CheckpointError: the folder cannot be loaded.
             DataError: histories and pictures are longer than the model was built for.
         """
-        model = MLLM.load(self.path, dtype=self.dtype)
+        model = self.form.load(self.path)
         names = [name for name in drawn if name != "own"]
         rows = []
         for number, user in enumerate(users):

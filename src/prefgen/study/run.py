@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prefgen.config import resolve_path
 from prefgen.errors import ConfigError
 from prefgen.evaluate.judges import Judge
 from prefgen.evaluate.report import ShownUser, write_report
 from prefgen.precision import has_fast_bf16
-from prefgen.study.asking import ask
+from prefgen.study.asking import ask, mllm_form
 from prefgen.study.conditions import draw_conditions, draw_extra, meanings, open_adapters, open_studio
 from prefgen.study.config import EvaluateConfig, EvaluateExtraSection
 from prefgen.study.further import ExtraWork
@@ -27,10 +26,10 @@ from prefgen.study.judged import (
     Intervals,
     copying_figures,
     judge_pictures,
-    measure_judge,
     preference_figures,
     worst_users,
 )
+from prefgen.study.known_drawings import read_known_drawings
 from prefgen.study.mllm_judge import MLLMJudge
 from prefgen.study.stages import RUNS, align_figures, probe_figures, run_figures
 from prefgen.study.users import StudyUser, load_users, prompt_pool
@@ -137,7 +136,7 @@ FILES = {"report": "report.html", "metrics": "metrics.json", "timing": "timing.j
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     """What the figures depend on, without places: a report does not change by moving a folder."""
     plain = {key: value for key, value in asdict(config.evaluate).items() if key != "attribution"}
-    return {**plain, "precision": config.model.precision}
+    return {**plain, "precision": config.model.precision, "quantization": config.model.quantization}
 
 
 def _stage_figures(config: EvaluateConfig) -> dict[str, Any]:
@@ -173,7 +172,7 @@ def _questions(config: EvaluateConfig, *, judge: Judge) -> dict[str, Any]:
         num_questions=settings.num_questions,
         max_users=settings.max_asked_users,
         in_bf16=config.model.precision == "bfloat16",
-        device=config.model.device,
+        form=mllm_form(config.model),
         seed=config.seed,
         num_resamples=settings.num_resamples,
     )
@@ -197,19 +196,8 @@ def _pictures(
         seed=seed,
     )
     intervals = Intervals(seed=seed, num_resamples=settings.num_resamples)
-    total = min(settings.max_judged_images, sum(len(user.images) for user in users))
-    with clock.part("judge on known drawings"), tqdm(total=total, unit="image", desc="restoring") as bar:
-        about_judge = measure_judge(
-            judge,
-            users=users,
-            studio=studio,
-            pool=pool,
-            minimum=settings.minimum_accuracy,
-            max_images=settings.max_judged_images,
-            seed=seed,
-            batch_size=settings.batch_size,
-            progress=bar.update,
-        )
+    with clock.part("judge on known drawings"):
+        about_judge = read_known_drawings(config, judge=judge, users=users, studio=studio, pool=pool)
     adapters = open_adapters(config, studio=studio)
     with clock.part("drawing"):
         drawn = draw_conditions(config, studio=studio, users=users, judge=judge, adapters=adapters)

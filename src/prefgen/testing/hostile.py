@@ -142,9 +142,22 @@ def _profiles() -> Iterator[Hostile]:
             return ["profile", "show", str(path)]
 
         yield Hostile(kind="profile", name=name, make=make)
+    yield Hostile(kind="profile", name="a flipped bit", make=_flipped_profile)
     for name, path in {"a folder": "/", "no file": "/none", "/dev/zero": "/dev/zero"}.items():
         words = ["profile", "show", path]
         yield Hostile(kind="profile", name=name, make=partial(_just, words=words))
+
+
+def _flipped_profile(folder: Path) -> list[str]:
+    from prefgen.profile import TENSORS, ProfileCounts, UserProfile
+
+    path = folder / "me.safetensors"
+    tensors: dict[str, Any] = {name: torch.ones(3) for name in TENSORS}
+    UserProfile(**tensors, counts=ProfileCounts(liked=1, disliked=1, draws=1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return ["profile", "show", str(path)]
 
 
 def _checkpoints() -> Iterator[Hostile]:

@@ -1,10 +1,6 @@
 """Going on after a stop or a kill is the run that was never stopped, bit for bit."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from prefgen.run import run_stage
 from prefgen.stages.align.data import AlignData
 from prefgen.stages.align.module import AlignModule
 from prefgen.testing.resume import assert_resume_is_exact, assert_same
+from zygote import Zygote
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -55,7 +52,7 @@ def test_workers_do_not_change_what_is_seen(make_config, tmp_path):
     assert seen[0] == seen[1]
 
 
-def _command(config):
+def _words(config):
     keys = {
         "workdir": config.workdir,
         "run_dir": config.run_dir,
@@ -73,40 +70,35 @@ def _command(config):
         "optim.warmup_steps": 1,
         "checkpoint.every_n_steps": config.checkpoint.every_n_steps,
     }
-    words = [f"{key}={value}" for key, value in keys.items()]
-    return [sys.executable, "-m", "prefgen", "fit", "--stage", "align", *words]
+    return ["fit", "--stage", "align", *(f"{key}={value}" for key, value in keys.items())]
 
 
-def _wait_for(path, *, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-def test_kill_9_and_the_same_command_again(make_config):
+def test_kill_9_and_the_same_command_again(make_config, tmp_path):
     every = 20
-    common = ("trainer.max_steps=400", "trainer.val_check_interval=1000", f"checkpoint.every_n_steps={every}")
+    common = ("trainer.max_steps=200", "trainer.val_check_interval=1000", f"checkpoint.every_n_steps={every}")
     killed, straight = (make_config(*common, run_dir=name) for name in ("killed", "straight"))
     folder = Path(killed.run_dir) / "checkpoints"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    zygote = Zygote(
+        "import prefgen.run, prefgen.stages.align.data, prefgen.stages.align.module", folder=tmp_path
+    )
 
-    process = subprocess.Popen(_command(killed), env=environment, stderr=subprocess.PIPE, text=True)
-    _wait_for(folder / f"step-{every:08d}.ckpt", process=process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = zygote.start(*_words(killed))
+    try:
+        process.wait_for(folder / f"step-{every:08d}.ckpt")
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait()[0] == -signal.SIGKILL
     stopped_at = list_checkpoints(folder)[-1]
-    assert stopped_at.name != "step-00000400.ckpt", "it was through before the kill"
+    assert stopped_at.name != "step-00000200.ckpt", "it was through before the kill"
 
-    again = subprocess.run(_command(killed), env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert f"going on from {stopped_at}" in again.stderr
+    status, _, err = zygote.start(*_words(killed)).wait()
+    zygote.close()
+    assert status == 0, err
+    assert f"going on from {stopped_at}" in err
 
     run_stage(straight, verb="fit", stage="align")
     one, other = (
-        torch.load(Path(config.run_dir) / "checkpoints/step-00000400.ckpt", weights_only=True)
+        torch.load(Path(config.run_dir) / "checkpoints/step-00000200.ckpt", weights_only=True)
         for config in (straight, killed)
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prefgen.config import DataConfig, RequiredInput, StageConfig, at_least, given, require
+from prefgen.config_sections import FrozenDtype
 from prefgen.inputs import embedding_shards, pipeline_folder
 
 
@@ -43,8 +44,9 @@ class AlignModelConfig:
     """One vector a text: the encoder's own pooled one, or the mean over the text's tokens."""
     hidden_width: int = 512
     """Width between the projector's two linear layers."""
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen text encoder."""
+    frozen_dtype: FrozenDtype = "float32"
+    """Number format of the frozen text encoder; auto is bfloat16 where the device multiplies it in hardware,
+    else float32."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

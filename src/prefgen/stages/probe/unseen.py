@@ -238,9 +238,11 @@ def write_unseen_report(report: Mapping[str, Any], *, folder: Path) -> NDArray[n
     write_json(folder / REPORT_NAME, content=report)
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, len(PARTS), sharey=True), PARTS, strict=True):
+    panels = figure.subplots(1, len(PARTS), sharey=True)
+    for axes, name in zip(panels, PARTS, strict=True):
         plot_identification(axes, report, part=name)
         axes.set_title(f"{name}, {report['num_users']} unseen users", fontsize=10)
+    legend_above(panels[0])
     canvas.draw()
     figure.savefig(folder / "identification.png")
     picture: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -268,4 +270,9 @@ def plot_identification(axes: Axes, report: Mapping[str, Any], *, part: Part) ->
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("users to choose from")
     axes.set_ylabel("own user named")
-    axes.legend(fontsize=8)
+
+
+def legend_above(axes: Axes) -> None:
+    """One legend for all panels, outside them: inside it would cover what it explains."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8)
