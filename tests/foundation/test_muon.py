@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prefgen.foundation.muon import Muon, orthogonal
+from prefgen.foundation.muon import COEFFICIENTS, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
@@ -14,6 +14,17 @@ def test_singular_values_end_near_one_and_their_vectors_stay(shape):
     assert turned.diagonal()[kept].min() > 0.65
     assert turned.diagonal()[kept].max() < 1.25
     assert (turned - turned.diagonal().diag()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(12, 108), (30, 7), (9, 9)])
+def test_rounds_on_the_gram_matrix_are_the_rounds_on_the_matrix(shape):
+    matrix = torch.randn((3, *shape), generator=torch.Generator().manual_seed(2))
+    plain = matrix.double() / matrix.double().square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    for _ in range(5):
+        linear, cubic, quintic = COEFFICIENTS
+        square = plain @ plain.mT
+        plain = linear * plain + (cubic * square + quintic * (square @ square)) @ plain
+    torch.testing.assert_close(orthogonal(matrix).double(), plain, atol=2e-3, rtol=0)
 
 
 def test_the_scale_of_the_gradient_is_left_out():

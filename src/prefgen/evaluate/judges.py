@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from prefgen.errors import CheckpointError
+from prefgen.whole_file import whole_file
 
 _WIDTHS = (32, 64, 128, 192)
 
@@ -94,7 +96,8 @@ class Judge(nn.Module):
             name: value.half().contiguous() if value.is_floating_point() else value
             for name, value in self.state_dict().items()
         }
-        save_file(state, path, metadata=header)
+        with whole_file(path) as part:
+            part.write_bytes(to_bytes(state, metadata=header))
 
     @staticmethod
     def load(path: Path) -> Judge:

@@ -16,7 +16,7 @@ from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels, reconstruct
 from prefgen.whole_file import whole_file
 
-PLAN = LoopPlan(batch_size=96, steps=10_000, learning_rate=2e-3, warmup=200, weight_decay=0.05, every=500)
+PLAN = LoopPlan(batch_size=96, steps=2_500, learning_rate=2e-3, warmup=100, weight_decay=0.05, every=250)
 
 RESTORED = 20_000
 """Drawings of which the judge also sees the VAE's restoration: 64 of them take a second on two cores."""
@@ -52,7 +52,8 @@ def train_judge(
     restored = _restored(
         autoencoder, data.images[:RESTORED], cache=work / f"restored-{data.fingerprint}-{RESTORED}.npy"
     )
-    loop = Loop(judge, plan=plan, folder=work)
+    inner = [p for name, p in judge.named_parameters() if p.ndim >= 2 and name.startswith(("trunk.", "mix."))]
+    loop = Loop(judge, plan=plan, folder=work, matrices=inner)
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> dict[str, Tensor]:
         half = plan.batch_size // 2
