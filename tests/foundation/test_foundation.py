@@ -42,7 +42,7 @@ SHORT = LoopPlan(steps=2, batch_size=4, learning_rate=1e-3, every=2, warmup=1)
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     out = tmp_path_factory.mktemp("drawings")
-    counts = {"train": 24, "studies": 8, "heldout": 12, "judge": 12}
+    counts = {"train": 24, "staged": 8, "studies": 8, "heldout": 12, "judge": 12}
     write_drawings(out / "shards", counts=counts, image_size=32, num_workers=1)
     return out / "shards"
 
@@ -291,7 +291,7 @@ def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
     [
         ("vae", vae, ["train", "heldout"]),
         ("clip", clip, ["train", "heldout"]),
-        ("unet", unet, ["train", "studies"]),
+        ("unet", unet, ["train", "staged", "studies"]),
         ("mllm", mllm, ["train"]),
         ("judge", judge, ["judge", "heldout"]),
     ],

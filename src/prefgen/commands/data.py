@@ -56,6 +56,7 @@ def _add_drawings(actions: Any) -> None:
     parser = actions.add_parser("drawings", help=text, description=text.capitalize() + ".")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--train", type=int, default=90_000, help="drawings to learn from (90000)")
+    parser.add_argument("--staged", type=int, default=40_000, help="subjects centered in any scene (40000)")
     parser.add_argument("--studies", type=int, default=30_000, help="plain ones, to learn shapes by (30000)")
     parser.add_argument("--heldout", type=int, default=4_000, help="unseen drawings, for gates (4000)")
     parser.add_argument("--judge", type=int, default=60_000, help="drawings for the judge alone (60000)")
@@ -126,6 +127,7 @@ def run_drawings(args: argparse.Namespace) -> int:
 
     counts: dict[DrawingSplit, int] = {
         "train": args.train,
+        "staged": args.staged,
         "studies": args.studies,
         "heldout": args.heldout,
         "judge": args.judge,

@@ -32,8 +32,8 @@ def build_part(
 
     Args:
         part: one of :data:`PARTS`; ``unet`` and ``judge`` need ``vae``, ``unet`` needs ``clip``.
-        shards: captioned shards (``train-*``, ``heldout-*``, ``studies-*`` for the UNet, ``judge-*`` for the
-            judge).
+        shards: captioned shards (``train-*``, ``heldout-*``, ``staged-*`` and ``studies-*`` for the UNet,
+            ``judge-*`` for the judge).
         work: checkpoints and caches, one folder a part.
         out: receives ``pipeline/``, ``mllm/``, ``judge.safetensors`` and ``cards/``.
         seed: of weights, batches and noise.
@@ -93,8 +93,8 @@ def _train(
     if part == "unet":
         from prefgen.foundation import unet
 
-        plan = _plan(unet.PLAN, seed, steps)
-        return unet.train_unet(data, load(split="studies"), parts=pipeline, work=work, plan=plan, start=start)
+        plan, plainer = _plan(unet.PLAN, seed, steps), [load(split=split) for split in ("staged", "studies")]
+        return unet.train_unet(data, *plainer, parts=pipeline, work=work, plan=plan, start=start)
     if part == "mllm":
         from prefgen.foundation import mllm
 

@@ -24,10 +24,11 @@ from prefgen.lineage import hash_file
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
 from prefgen.whole_file import whole_file
 
-STUDY_RATES = (0.9, 0.25)
-"""Share of plain drawings in a batch, at the first step and, falling evenly, at the last; a UNet that is
-trained on keeps the last. Without them every caption of a subject ended in a blob after 4,000 steps, whereas
-backgrounds, frames and palettes stood: each subject hides behind 12 compositions and 12 renderings."""
+STAGED_RATES, STUDY_RATES = (0.3, 0.35), (0.6, 0.15)
+"""Shares of drawings in the middle of a scene, and of plain ones, in a batch: at the first step and, changing
+evenly, at the last; a UNet that is trained on begins half way. Without plain ones every caption of a subject
+ended in a blob after 4,000 steps, whereas backgrounds, frames and palettes stood; without staged ones a subject
+known when plain was a smudge before a hill: each hides behind 12 compositions and 12 renderings."""
 
 FEWEST = 3
 """Attributes at least in the caption of a decorated drawing, so that little of where and how large its
@@ -103,6 +104,7 @@ def _encode_all(vae: AutoencoderKL, data: CaptionedImages) -> Tensor:
 
 def train_unet(
     data: CaptionedImages,
+    staged: CaptionedImages,
     studies: CaptionedImages,
     *,
     parts: Path,
@@ -114,7 +116,8 @@ def train_unet(
 
     Args:
         data: captioned pictures.
-        studies: plain pictures of the same subjects, :data:`STUDY_RATES` of every batch.
+        staged: the same subjects in the middle of any scene, :data:`STAGED_RATES` of every batch.
+        studies: plain pictures of them, :data:`STUDY_RATES` of every batch.
         parts: folder with ``vae``, ``tokenizer``, ``text_encoder``, ``image_encoder``,
             ``feature_extractor``; receives ``unet``, ``scheduler`` and ``model_index.json``.
         work: checkpoints and the latents' cache.
@@ -132,7 +135,7 @@ def train_unet(
     text_encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
     text_encoder.requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    sources = [(pictures, latents_of(pictures, vae=vae, work=work)) for pictures in (data, studies)]
+    sources = [(pictures, latents_of(pictures, vae=vae, work=work)) for pictures in (data, staged, studies)]
     unet = build_unet(sample_size=sources[0][1].shape[-1], cross_width=text_encoder.config.hidden_size)
     if start is not None:
         _begin_with(unet, start=start)
@@ -154,12 +157,16 @@ def train_unet(
         return hidden
 
     def loss(step: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
-        first, last = STUDY_RATES if start is None else STUDY_RATES[1:] * 2
-        plain = round((first + (last - first) * step / plan.steps) * plan.batch_size)
+        done = step / plan.steps if start is None else 0.5 + 0.5 * step / plan.steps
+        centered, plain = (
+            round((first + (last - first) * done) * plan.batch_size)
+            for first, last in (STAGED_RATES, STUDY_RATES)
+        )
         captions, drawn = [], []
-        counts, bare = (plan.batch_size - plain, plain), (0.0, BARE_STUDY_RATE)
+        counts = (plan.batch_size - centered - plain, centered, plain)
+        bare = (0.0, 0.0, BARE_STUDY_RATE)
         for (pictures, latents), count, subject_rate, fewest in zip(
-            sources, counts, bare, (FEWEST, 1), strict=True
+            sources, counts, bare, (FEWEST, FEWEST, 1), strict=True
         ):
             rows = rng.integers(len(pictures), size=count)
             drawn.append(latents[torch.from_numpy(rows)].float())
@@ -186,6 +193,7 @@ def train_unet(
     write_model_index(parts)
     return {
         "gate": "an independent classifier of 32 evaluation subjects names at least half the pictures right",
+        "staged": len(staged),
         "studies": len(studies),
         "started_from": None if start is None else hash_file(start / SAFETENSORS_WEIGHTS_NAME),
         "parameters": sum(p.numel() for p in unet.parameters()),

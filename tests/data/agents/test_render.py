@@ -174,6 +174,16 @@ def test_studies_show_every_subject_plainly_in_the_palettes_and_renderings_of_it
     assert len({item.attributes[0] for item in items}) == len({item.attributes[1] for item in items}) == 12
 
 
+def test_staged_drawings_are_centered_among_what_their_half_allows():
+    items = [drawing(i, split="staged", seed=0, image_size=8) for i in range(300)]
+    for item in items:
+        concept = concept_named(next(c.name for c in OPENMOJI.concepts() if c.phrase == item.phrase))
+        allowed, values = seen_values(concept, seed=0), attribute_values(item.attributes)
+        assert item.attributes[3] == "centered"
+        assert all(values[g] in allowed[g] for g in (0, 1, 2, 4))
+    assert len({item.attributes[2] for item in items}) == len({item.attributes[4] for item in items}) == 12
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
 def test_captioned_shards_are_plain_webdataset(tmp_path):
     import webdataset

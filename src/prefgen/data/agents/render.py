@@ -41,10 +41,13 @@ from prefgen.whole_file import whole_file
 
 HISTORY_FILE = "history.jsonl"
 
-DrawingSplit = Literal["train", "studies", "heldout", "judge"]
+DrawingSplit = Literal["train", "staged", "studies", "heldout", "judge"]
 
 PLAIN = {"background": "plain white", "composition": "centered", "finish": "clean edges"}
 """The values that hide and deform a subject least; studies show every subject under them."""
+
+SHOWN_PLAINLY: Mapping[DrawingSplit, tuple[str, ...]] = {"studies": tuple(PLAIN), "staged": ("composition",)}
+"""Groups whose plain value every drawing of a split takes."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -221,10 +224,11 @@ def drawing(
 
     Args:
         index: number of the drawing.
-        split: ``train`` shows test concepts under half of the values of each group; ``studies`` shows all
-            concepts plainly (:data:`PLAIN`), in the palettes and renderings of their half, for a base model
-            to learn what the subjects look like; ``heldout`` (for gates) and ``judge`` (for the judge alone)
-            come from streams of their own and show all values.
+        split: ``train`` shows test concepts under half of the values of each group; ``studies`` and
+            ``staged`` show all concepts in the middle, the former plainly (:data:`PLAIN`), the latter among
+            backgrounds and finishes of their half, for a base model to learn what they look like;
+            ``heldout`` (for gates) and ``judge`` (for the judge alone) come from streams of their own and
+            show all values.
         seed: of the whole set.
         image_size: side in pixels.
         subjects: what is drawn.
@@ -232,10 +236,11 @@ def drawing(
     rng = generator_for(seed, "drawing" if split == "train" else split, index)
     concept = subjects.concepts()[int(rng.integers(len(subjects.concepts())))]
     allowed = seen_values(concept, seed=seed)
-    limited = split in ("train", "studies")
+    limited = split in ("train", "staged", "studies")
     values = np.array([rng.choice(choice) if limited else rng.integers(NUM_VALUES) for choice in allowed])
-    if split == "studies":
-        _make_plain(values)
+    for group in SHOWN_PLAINLY.get(split, ()):
+        place = GROUPS.index(group)
+        values[place] = ATTRIBUTE_GROUPS[group].index(PLAIN[group])
     return Drawing(
         key=f"{index:07d}",
         phrase=concept.phrase,
@@ -243,12 +248,6 @@ def drawing(
         attributes=attribute_names(values),
         image=encode_webp(concept, values, subjects=subjects, size=image_size, rng=rng),
     )
-
-
-def _make_plain(values: npt.NDArray[np.int64]) -> None:
-    for place, (group, words) in enumerate(ATTRIBUTE_GROUPS.items()):
-        if group in PLAIN:
-            values[place] = words.index(PLAIN[group])
 
 
 def write_drawings(
