@@ -27,8 +27,8 @@ from prefgen.whole_file import whole_file
 STAGED_RATES, STUDY_RATES = (0.3, 0.35), (0.6, 0.15)
 """Shares of drawings in the middle of a scene, and of plain ones, in a batch: at the first step and, changing
 evenly, at the last; a UNet that is trained on begins half way. Without plain ones every caption of a subject
-ended in a blob after 4,000 steps, whereas backgrounds, frames and palettes stood; without staged ones a subject
-known when plain was a smudge before a hill: each hides behind 12 compositions and 12 renderings."""
+ended in a blob after 4,000 steps, whereas backgrounds, frames and palettes stood. Without staged ones a
+subject known when plain was a smudge before a hill: each hides behind 12 compositions and 12 renderings."""
 
 FEWEST = 3
 """Attributes at least in the caption of a decorated drawing, so that little of where and how large its
