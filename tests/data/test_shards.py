@@ -13,6 +13,7 @@ from PIL import Image
 from prefgen.data.index import read_index
 from prefgen.data.reader import ShardReader
 from prefgen.data.shards import assign_split, read_histories, write_shards
+from prefgen.data.tarstore import remove_shards
 from prefgen.data.verify import verify
 from prefgen.errors import DataError
 from prefgen.schema import RatedImage
@@ -252,3 +253,10 @@ def test_a_killed_writer_leaves_no_half_shard(tmp_path):
             assert len(tar.getnames()) == 2 * 10
     build(out, history, users_per_shard=2, overwrite=True)
     assert verify(out, num_workers=1).problems == ()
+
+
+def test_what_a_killed_writer_left_goes_with_the_shards(tmp_path):
+    for name in (".train-000000.tar.tmp", "index.json.part", "train-000000.tar", "mine.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    remove_shards(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

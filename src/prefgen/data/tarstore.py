@@ -315,5 +315,5 @@ def remove_shards(out: Path) -> None:
     # The index goes first: a writer killed after this leaves no index, and no reader accepts that.
     (out / INDEX_NAME).unlink(missing_ok=True)
     earlier = [path for path in out.glob("*.tar") if SHARD_NAME.fullmatch(path.name)]
-    for path in [*earlier, *out.glob(".*.tmp")]:
+    for path in [*earlier, *out.glob(".*.tmp"), *out.glob("*.json.part")]:
         path.unlink()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prefgen.errors import DataError
-from prefgen.whole_file import whole_file
+from prefgen.whole_file import whole_file, write_json
 
 BARE_LIST_RATE = 0.15
 """Share of captions that are a bare attribute list: without it the text space knows no attribute words."""
@@ -169,7 +169,6 @@ def load_captioned(shards: Path, *, split: str, cache: Path) -> CaptionedImages:
     meaning = json.loads((shards / "attributes.json").read_text())
     pixels, about = cache / f"{split}-{fingerprint}.npy", cache / f"{split}-{fingerprint}.json"
     if not (pixels.exists() and about.exists()):
-        cache.mkdir(parents=True, exist_ok=True)
         _decode(tars, pixels=pixels, about=about)
     records = json.loads(about.read_text())
     return CaptionedImages(
@@ -195,7 +194,7 @@ def _decode(tars: Sequence[Path], *, pixels: Path, about: Path) -> None:
         raise DataError(f"{tars[0].parent}: pictures differ in size; expected one size for all")
     with whole_file(pixels) as part, part.open("wb") as file:  # np.save would end the name with .npy
         np.save(file, np.stack(arrays))
-    about.write_text(json.dumps(records))
+    write_json(about, content=records, indent=None)
 
 
 def _samples(tars: Sequence[Path]) -> Iterator[dict[str, Any]]:

@@ -79,7 +79,6 @@ def train_judge(
 
     loop.run(loss, report=report, title="judge")
     judge.eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
     judge.save(out)
     return {
         "restored": len(restored),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +136,15 @@ def train_unet(
     text_encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
     text_encoder.requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    sources = [(pictures, latents_of(pictures, vae=vae, work=work)) for pictures in (data, staged, studies)]
-    unet = build_unet(sample_size=sources[0][1].shape[-1], cross_width=text_encoder.config.hidden_size)
+    sources = [
+        _Source(pictures, latents_of(pictures, vae=vae, work=work), bare_rate=bare_rate, fewest=fewest)
+        for pictures, bare_rate, fewest in (
+            (data, 0.0, FEWEST),
+            (staged, 0.0, FEWEST),
+            (studies, BARE_STUDY_RATE, 1),
+        )
+    ]
+    unet = build_unet(sample_size=sources[0].latents.shape[-1], cross_width=text_encoder.config.hidden_size)
     if start is not None:
         _begin_with(unet, start=start)
     unet.to(memory_format=torch.channels_last)  # a tenth less time a step
@@ -162,21 +170,10 @@ def train_unet(
             round((first + (last - first) * done) * plan.batch_size)
             for first, last in (STAGED_RATES, STUDY_RATES)
         )
-        captions, drawn = [], []
         counts = (plan.batch_size - centered - plain, centered, plain)
-        bare = (0.0, 0.0, BARE_STUDY_RATE)
-        for (pictures, latents), count, subject_rate, fewest in zip(
-            sources, counts, bare, (FEWEST, FEWEST, 1), strict=True
-        ):
-            rows = rng.integers(len(pictures), size=count)
-            drawn.append(latents[torch.from_numpy(rows)].float())
-            captions += [
-                ""
-                if rng.random() < EMPTY_RATE
-                else pictures.caption(int(i), rng=rng, subject_rate=subject_rate, fewest=fewest)
-                for i in rows
-            ]
-        clean = torch.cat(drawn)
+        drawn = [source.draw(count, rng=rng) for source, count in zip(sources, counts, strict=True)]
+        clean = torch.cat([latents for latents, _ in drawn])
+        captions = [caption for _, some in drawn for caption in some]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = _noisy_timesteps(plan.batch_size, total=len(schedule), generator=generator)
         # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
@@ -199,6 +196,26 @@ def train_unet(
         "parameters": sum(p.numel() for p in unet.parameters()),
         "history": loop.history,
     }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Pictures of one kind, and how they are captioned; see :meth:`CaptionedImages.caption`."""
+
+    pictures: CaptionedImages
+    latents: Tensor
+    bare_rate: float
+    fewest: int
+
+    def draw(self, count: int, *, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        rows = rng.integers(len(self.pictures), size=count)
+        captions = [
+            ""
+            if rng.random() < EMPTY_RATE
+            else self.pictures.caption(int(i), rng=rng, subject_rate=self.bare_rate, fewest=self.fewest)
+            for i in rows
+        ]
+        return self.latents[torch.from_numpy(rows)].float(), captions
 
 
 def _begin_with(unet: UNet2DConditionModel, *, start: Path) -> None:
