@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,20 @@ def module_name(path):
 SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imports(path, *, top_level_only=False):
-    """Full names of what a file imports; what stands under TYPE_CHECKING does not count."""
+@cache
+def parsed(path):
+    """A file's tree without what stands under TYPE_CHECKING."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []
+    return tree
+
+
+@cache
+def imports(path, *, top_level_only=False):
+    """Full names of what a file imports."""
+    tree = parsed(path)
     found = set()
     nodes = tree.body if top_level_only else ast.walk(tree)
     for node in nodes:
@@ -148,8 +157,14 @@ def allowed(name):
     return ALLOWED.get(kind)  # None: run, commands, testing may import all
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_import_direction(name):
+@pytest.mark.parametrize("kind", sorted({area(name) for name in SOURCES}))
+def test_import_direction(kind):
+    for name in SOURCES:
+        if area(name) == kind:
+            assert_direction(name)
+
+
+def assert_direction(name):
     rule = allowed(name)
     for target in imports(SOURCES[name]):
         if not target.startswith("prefgen"):
@@ -161,21 +176,26 @@ def test_import_direction(name):
             assert area(inside) in rule, f"{name} ({area(name)}) may not import {inside} ({area(inside)})"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if area(name) in {*CONFIG, "run"}])
-def test_what_the_command_line_reads_is_light(name):
-    parts = name.split(".")
-    if parts[1:2] in (["run"], ["callbacks"], ["run_noise"]):
-        return
-    heavy = {target.partition(".")[0] for target in imports(SOURCES[name], top_level_only=True)} & HEAVY
-    assert not heavy, f"{name} imports {heavy}"
+def test_what_the_command_line_reads_is_light():
+    for name in SOURCES:
+        if area(name) not in {*CONFIG, "run"} or name.split(".")[1:2] in (
+            ["run"],
+            ["callbacks"],
+            ["run_noise"],
+        ):
+            continue
+        heavy = {target.partition(".")[0] for target in imports(SOURCES[name], top_level_only=True)} & HEAVY
+        assert not heavy, f"{name} imports {heavy}"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if area(name) in {*PACKAGES, *LIBRARY, "study"}])
-def test_the_library_knows_no_lightning(name):
-    found = {target.partition(".")[0] for target in imports(SOURCES[name])}
-    assert "lightning" not in found, name
-    if area(name) == "mmd":
-        assert not found & (HEAVY - {"torch"}), name
+def test_the_library_knows_no_lightning():
+    for name in SOURCES:
+        if area(name) not in {*PACKAGES, *LIBRARY, "study"}:
+            continue
+        found = {target.partition(".")[0] for target in imports(SOURCES[name])}
+        assert "lightning" not in found, name
+        if area(name) == "mmd":
+            assert not found & (HEAVY - {"torch"}), name
 
 
 def test_the_command_line_loads_no_torch():
@@ -184,10 +204,11 @@ def test_the_command_line_loads_no_torch():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if not name.endswith("__main__")])
-def test_every_module_imports(name):
+def test_every_module_imports():
     """In the process of the tests, where a warning is an error."""
-    importlib.import_module(name)
+    for name in SOURCES:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
 
 
 LARGE = {
@@ -196,12 +217,12 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_files_stay_small(name):
+def test_files_stay_small():
     """A file over 350 lines needs a reason in LARGE; a function over 80 (docstring apart) wants splitting."""
-    text = SOURCES[name].read_text(encoding="utf-8")
-    assert text.count("\n") <= LARGE.get(name, 350), f"{name}: {text.count(chr(10))} lines"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            code = node.body[1:] if ast.get_docstring(node) else node.body
-            assert not code or node.end_lineno - code[0].lineno < 80, f"{name}.{node.name}"
+    for name, path in SOURCES.items():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= LARGE.get(name, 350), f"{name}: {lines} lines"
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef):
+                code = node.body[1:] if ast.get_docstring(node) else node.body
+                assert not code or node.end_lineno - code[0].lineno < 80, f"{name}.{node.name}"

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -74,6 +75,7 @@ def list_keys(config_type: type, *, prefix: str = "", defaults: object | None = 
     return keys
 
 
+@cache
 def _help_texts(config_type: type) -> dict[str, str]:
     """The string literal under each field, base classes included."""
     helps: dict[str, str] = {}

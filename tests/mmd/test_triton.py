@@ -37,6 +37,8 @@ def test_interpreter_equals_the_double_loop(interpreted, number):
 
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+EVERY_RUN = {(80, "tf32x3"), (90, "bf16"), (100, "tf32")}
+"""Each architecture and each precision once; the other pairs are slow tests."""
 
 
 def compile_pair(architecture, precision, *, slopes=True, chain=True):
@@ -84,8 +86,16 @@ def stack_bytes(binary, folder):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        pytest.param(
+            architecture, precision, marks=() if (architecture, precision) in EVERY_RUN else pytest.mark.slow
+        )
+        for architecture in SHARED
+        for precision in ("tf32x3", "tf32", "bf16")
+    ],
+)
 def test_compiles_ahead_of_time(architecture, precision, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     kernel = compile_pair(architecture, precision)

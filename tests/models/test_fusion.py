@@ -80,3 +80,25 @@ def test_wrong_parts_are_refused_with_words(fusion):
         fusion.rows({})
     with pytest.raises(CheckpointError, match="'text' is not one of"):
         FusionShape(parts=("text",), widths=(3,), cross_width=8)
+
+
+def test_aligned_tokens_begin_as_the_embeddings_themselves():
+    torch.manual_seed(0)
+    fusion = UserFusion(FusionShape(parts=("core", "aligned"), widths=(3, 8), cross_width=8))
+    torch.nn.init.zeros_(fusion.proj.weight)
+    torch.nn.init.zeros_(fusion.proj.bias)
+    aligned = torch.nn.functional.layer_norm(torch.randn(50, 8), (8,)) * 0.7 + 0.2
+    fusion.standardise({"aligned": aligned, "core": torch.randn(50, 3)})
+    fusion.begin_in_text_space(aligned)
+    tokens = fusion(fusion.rows({"aligned": aligned, "core": torch.randn(50, 3)}))
+    for token in tokens[:, 4:].unbind(1):
+        torch.testing.assert_close(token, aligned, atol=1e-3, rtol=0)
+    unknown = fusion(fusion.null_rows(1))[0]
+    mean = torch.nn.functional.layer_norm(aligned.mean(0), (8,)) * 0.7 + 0.2
+    torch.testing.assert_close(unknown[4], mean, atol=2e-3, rtol=0)
+    torch.testing.assert_close(unknown[0], mean, atol=2e-3, rtol=0)
+
+
+def test_aligned_embeddings_of_another_width_cannot_begin_as_text(fusion):
+    with pytest.raises(CheckpointError, match="width 6 cannot begin as text of width 8"):
+        fusion.begin_in_text_space(draw_parts()["aligned"])

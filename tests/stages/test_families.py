@@ -88,6 +88,7 @@ def trained_module(settings):
     return made[0], result
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_low_precision_weights_train(tmp_path, shards):
     tiny_family_mllm(tmp_path / "mllm", family="qwen2_5_vl")
     where = {"work": tmp_path, "shards": shards, "family": "auto"}

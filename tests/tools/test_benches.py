@@ -25,6 +25,7 @@ def test_generation_is_timed_in_four_ways(monkeypatch, tmp_path, capsys):
     assert "a user costs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_is_timed_in_two_ways(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rates.json"
     run(monkeypatch, "bench_inject.py", "--steps", "2", "--warmup", "1", "--rounds", "1", "--json", str(out))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from prefgen.errors import CheckpointError
 from prefgen.foundation.muon import Muon
 from prefgen.precision import has_bf16_products
-from prefgen.whole_file import whole_file
+from prefgen.whole_file import whole_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Loop:
         }
         with whole_file(self.checkpoint) as part:
             torch.save(state, part)
-        (self.folder / "history.json").write_text(json.dumps(self.history, indent=1))
+        write_text(self.folder / "history.json", text=json.dumps(self.history, indent=1))
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():

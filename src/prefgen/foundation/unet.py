@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from prefgen.foundation.loop import Loop, LoopPlan, quick
 from prefgen.foundation.vae import pixels
 from prefgen.lineage import hash_file
 from prefgen.models.noise import NoiseSchedule, draw_timesteps, noise_loss
-from prefgen.whole_file import whole_file
+from prefgen.whole_file import whole_file, write_json
 
 STAGED_RATES, STUDY_RATES = (0.3, 0.35), (0.6, 0.15)
 """Shares of drawings in the middle of a scene, and of plain ones, in a batch: at the first step and, changing
@@ -260,4 +259,4 @@ def write_model_index(parts: Path) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (parts / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(parts / "model_index.json", content=index, indent=2)

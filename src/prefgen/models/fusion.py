@@ -95,6 +95,35 @@ class UserFusion(nn.Module):
             self.mean[span] = values.mean(dim=0).float()
             self.scale[span] = (variance + floor).sqrt().float()
 
+    @torch.no_grad()
+    def begin_in_text_space(self, aligned: Tensor) -> None:
+        """Let tokens of the aligned rows begin as the aligned embeddings themselves, before the first step.
+
+        Stage align has carried them into the space that the text projections read, of which the user branch
+        starts from copies; behind a random Linear they would be strangers there. To the Linear's random
+        start, which tells the four tokens apart, it adds what undoes the standardisation; the LayerNorm
+        begins with the embeddings' own mean and deviation. Rows of the other parts, and of unknown users,
+        begin around the mean embedding. Not in the paper: ours.
+
+        Args:
+            aligned: (N,Dcross) of training users, after :meth:`standardise`.
+
+        Raises:
+            CheckpointError: the embeddings have another width than the UNet's text.
+        """
+        width = self.shape.cross_width
+        if aligned.shape[1:] != (width,):
+            raise CheckpointError(
+                f"aligned embeddings of width {aligned.shape[-1]} cannot begin as text of width {width}"
+            )
+        for part, span in self.shape.spans():
+            if part == "aligned":
+                back = torch.diag(self.scale[span]).repeat(TOKENS_PER_PART, 1)
+                self.proj.weight[:, span].add_(back)
+                self.proj.bias.add_(self.mean[span].repeat(TOKENS_PER_PART))
+        self.norm.weight.fill_(float(aligned.float().std(dim=1, correction=0).mean()))
+        self.norm.bias.fill_(float(aligned.float().mean()))
+
     def rows(
         self, parts: Mapping[PartName, Tensor], *, keep: Mapping[PartName, Tensor] | None = None
     ) -> Tensor:

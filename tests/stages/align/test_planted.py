@@ -40,7 +40,13 @@ def _train(*, pairing, group_size, steps=200, sliced=False):
         return projector(UNSEEN.first()[0])
 
 
-@pytest.mark.parametrize(("sliced", "least"), [(False, 0.8), (True, 0.6)], ids=["mmd", "sliced wasserstein"])
+@pytest.mark.parametrize(
+    ("sliced", "least"),
+    [
+        pytest.param(False, 0.8, id="mmd"),
+        pytest.param(True, 0.6, id="sliced wasserstein", marks=pytest.mark.slow),
+    ],
+)
 def test_small_groups_of_the_same_users_teach_who_is_who(sliced, least):
     aligned, text = _train(pairing="same_users", group_size=8, sliced=sliced), UNSEEN.first()[1]
     result = retrieval(aligned, text, seed=0)
@@ -48,7 +54,7 @@ def test_small_groups_of_the_same_users_teach_who_is_who(sliced, least):
     assert 0.9 < spread(aligned).distance / spread(text).distance < 1.1
 
 
-@pytest.mark.parametrize("pairing", ["independent", "permuted"])
+@pytest.mark.parametrize("pairing", [pytest.param("independent", marks=pytest.mark.slow), "permuted"])
 def test_without_the_own_texts_nobody_is_found(pairing):
     aligned, text = _train(pairing=pairing, group_size=8), UNSEEN.first()[1]
     result = retrieval(aligned, text, seed=0)

@@ -174,8 +174,8 @@ def test_photographs_keep_their_shape_in_batches_of_one_size(make_config, photog
     modules, shapes = [], []
 
     class Watched(InjectModule):
-        def _noised(self, batch):
-            noised = super()._noised(batch)
+        def _noised(self, batch, **times):
+            noised = super()._noised(batch, **times)
             shapes.append(tuple(noised.latents.shape[-2:]))
             return noised
 

@@ -131,7 +131,13 @@ def test_the_first_column_of_the_grid_is_the_base_model(make_config):
     assert not np.array_equal(grid[16:32, 16:32], base)
 
 
-@pytest.mark.parametrize("overrides", [(), ("inject.min_snr_gamma=5", "model.gradient_checkpointing=true")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        pytest.param(("inject.min_snr_gamma=5", "model.gradient_checkpointing=true"), marks=pytest.mark.slow),
+    ],
+)
 def test_users_come_to_change_the_prediction(make_config, overrides):
     """On one batch over and over the loss falls, the own user helps, and nothing frozen moves."""
     config = make_config(
@@ -159,6 +165,43 @@ def test_users_come_to_change_the_prediction(make_config, overrides):
     assert own < other, "the own user must be worth more than another"
     after = module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_training_starts_from_aligned_embeddings_as_text(make_config, tmp_path):
+    """Once, however often the module is set up; and from a random Linear where that is asked for."""
+    weights = {}
+    for start in ("text", "random"):
+        config = make_config(
+            f"run_dir={tmp_path / start}",
+            f"model.aligned_start={start}",
+            "trainer.validate_before_fit=true",
+            "trainer.max_steps=1",
+            "optim.learning_rate=1e-9",
+        )
+        module = run_fit(config)
+        assert module.projector.shape.text_width == module.bundle.cross_width
+        fusion = module.adapter.fusion
+        span = dict(fusion.shape.spans())["aligned"]
+        weights[start] = fusion.proj.weight[:, span].detach(), torch.diag(fusion.scale[span]).repeat(4, 1)
+    (text, back), (random, _) = weights["text"], weights["random"]
+    torch.testing.assert_close(text - random, back, atol=1e-5, rtol=0)
+
+
+def test_timesteps_may_be_the_noisiest_of_several_draws(make_config):
+    found = []
+    for draws in (1, 2):
+        config = make_config(f"inject.timestep_draws={draws}")
+        module = InjectModule(config)
+        seen = []
+        module._losses = lambda noised, users, seen=seen: seen.append(noised.timesteps) or torch.zeros(1)
+        module.log = lambda *args, **kwargs: None
+        batch = training_batches(config, module, 1)[0]
+        module.training_step(batch)
+        found.append(seen[0])
+        assert torch.equal(module._noised(batch).timesteps, (batch.times * 1000).long())
+    share = batch.times
+    assert torch.equal(found[0], (share * 1000).long())
+    assert torch.equal(found[1], (share.sqrt() * 1000).long())
 
 
 def test_kept_latents_and_texts_give_the_loss_of_fresh_ones(make_config):

@@ -110,7 +110,12 @@ def test_heat_maps_are_pictures(finished):
 def test_every_classifier_and_a_target_beside(probe_config, tmp_path):
     """The first classifier named chooses; the inter-user task is read a second time, behind a target."""
     run_dir = tmp_path / "run"
-    words = ["probe.classifiers=[ridge,adamw,logistic]", "data.inter_target=true", "trainer.max_steps=3"]
+    words = [
+        "probe.classifiers=[ridge,adamw,logistic]",
+        "data.inter_target=true",
+        "trainer.max_steps=3",
+        "probe.num_resamples=10",
+    ]
     config = probe_config(run_dir, *words)
     module = ProbeModule(config)
     with quiet_lightning():

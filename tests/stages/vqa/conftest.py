@@ -27,7 +27,7 @@ def make_config(inputs, tmp_path):
             "data.num_disliked": "[1,4]",
             "data.eval_references": 3,
             "data.eval_queries": 4,
-            "questions.num_listed_users": 1,
+            "questions.num_listed_users": 0,
             "trainer.accelerator": "cpu",
             "trainer.precision": "32-true",
             "trainer.validate_before_fit": "false",

@@ -69,6 +69,10 @@ class InjectModelConfig:
     init_adapter: str | None = None
     """Adapter to start from: an IP-Adapter's .safetensors file, or one that prefgen wrote; null starts from
     the frozen text projections. Parts that the file does not know start as if nothing was known."""
+    aligned_start: Literal["text", "random"] = "text"
+    """Tokens of the aligned part start as the aligned embedding itself, or behind a random Linear like those
+    of the other parts. Without effect where its width is not that of the UNet's text, as SDXL's, and with
+    model.init_adapter."""
     frozen_dtype: FrozenDtype = "float32"
     """Number format of the frozen pipeline; auto is bfloat16 where the device multiplies it in hardware, else
     float32."""
@@ -103,6 +107,9 @@ class InjectLossConfig:
     """Rate at which user and prompt are dropped together."""
     part_drop_rate: float = 0.1
     """Rate at which each part is dropped by itself, independently of the others."""
+    timestep_draws: float = 1.0
+    """A training timestep is the noisiest of so many uniform draws (1: uniform; fractions are allowed). What
+    a user decides, background and frame and colours, is settled in the noisy half."""
     min_snr_gamma: float | None = None
     """Bound on a timestep's weight in signal-to-noise ratio, e.g. 5; null weighs all alike."""
     noise_offset: float = 0.0
@@ -130,6 +137,8 @@ class InjectLossConfig:
         if given(*values):
             named = " + ".join(f"inject.{name}" for name in rates)
             require(sum(values) < 1, f"{named} = {sum(values):g} must be below 1")
+        if given(self.timestep_draws):
+            require(self.timestep_draws > 0, f"inject.timestep_draws={self.timestep_draws} must be above 0")
         if self.min_snr_gamma is not None and given(self.min_snr_gamma):
             require(self.min_snr_gamma > 0, f"inject.min_snr_gamma={self.min_snr_gamma} must be above 0")
         at_least("inject.noise_offset", self.noise_offset, minimum=0)

@@ -117,6 +117,15 @@ class InjectModule(StageModule):
         self.adapter.fusion.standardise(
             {name: value for name, value in parts.items() if name not in self._given_parts}
         )
+        if self._begins_in_text_space():
+            self.adapter.fusion.begin_in_text_space(parts["aligned"])
+
+    def _begins_in_text_space(self) -> bool:
+        """Whether aligned embeddings lie in the space the UNet reads; SDXL's pooled text does not."""
+        if self.projector is None or self.config.model.init_adapter is not None:
+            return False
+        same_width = self.projector.shape.text_width == self.bundle.cross_width
+        return self.config.model.aligned_start == "text" and same_width
 
     @torch.no_grad()
     def _parts(self, *, sem: Tensor, core: Tensor, image: Tensor) -> dict[PartName, Tensor]:
@@ -133,7 +142,9 @@ class InjectModule(StageModule):
     def training_step(self, batch: InjectBatch) -> Tensor:
         """Noise loss with drops; the users stay set until the next step, for gradient checkpointing."""
         keep = {name: batch.keep[:, index] for index, name in enumerate(PARTS)}
-        loss = self._losses(self._noised(batch), users=self._tokens(batch, keep=keep)).mean()
+        # The largest of n uniform numbers is distributed as the nth root of one.
+        noised = self._noised(batch, times=batch.times ** (1 / self.config.inject.timestep_draws))
+        loss = self._losses(noised, users=self._tokens(batch, keep=keep)).mean()
         self.log("train/loss", loss.detach(), batch_size=len(batch.keys))
         return loss
 
@@ -160,15 +171,17 @@ class InjectModule(StageModule):
         kept = None if keep is None else {name: keep[name] for name in parts}
         return self.adapter.tokens(parts, keep=kept)
 
-    def _noised(self, batch: InjectBatch) -> Noised:
-        """The targets of a batch, noised as each example's seed and time say."""
+    def _noised(self, batch: InjectBatch, *, times: Tensor | None = None) -> Noised:
+        """The targets of a batch, noised as each example's seed says, to ``times`` (B,) or its own."""
         schedule = self.bundle.schedule
         moments = self.moments(batch)
         draw = draw_noise(
             batch.noise_seeds, shape=moments.mean.shape[1:], offset=self.config.inject.noise_offset
         )
         noise = draw.noise.to(self.device)
-        timesteps = (batch.times * len(schedule)).long()
+        times = batch.times if times is None else times
+        # A root may round up to 1, which is no timestep any more.
+        timesteps = (times * len(schedule)).long().clamp_max(len(schedule) - 1)
         latents = self.bundle.draw_latents(moments, noise=draw.posterior_noise)
         return Noised(
             latents=latents,
