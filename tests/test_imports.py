@@ -63,7 +63,7 @@ def area(name):
         return "config"
     if parts[0] in ("config_keys", "config_mllm", "config_sections", "inputs", "stages"):
         return "config"
-    if parts[0] in ("callbacks", "run_folder", "run_noise", "commands", "cli", "__main__"):
+    if parts[0] in ("callbacks", "run_folder", "run_noise", "heap", "commands", "cli", "__main__"):
         return "run"
     return parts[0]
 

@@ -15,6 +15,7 @@ from prefgen.commands import COMMANDS
 from prefgen.config import stage_keys
 from prefgen.config_keys import did_you_mean
 from prefgen.errors import ConfigError, PrefgenError, is_disk_full
+from prefgen.heap import keep_freed_memory
 from prefgen.stages import STAGES
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
@@ -145,4 +146,5 @@ def _fail(message: str, *, code: int) -> int:
 
 def entry() -> NoReturn:
     """The console script."""
+    keep_freed_memory()
     raise SystemExit(main())
