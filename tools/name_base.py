@@ -11,7 +11,6 @@ base could reach that draws all attributes as they do. Intervals are over subjec
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from tqdm import tqdm
 
 from prefgen.errors import PrefgenError
 from prefgen.evaluate.judges import Judge
-from prefgen.evaluate.per_user import MeanScore
+from prefgen.evaluate.preference import PromptFidelity
 from prefgen.foundation.captioned import CaptionedImages, load_captioned
 from prefgen.foundation.vae import reconstruct
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.pixels import to_uint8
 from prefgen.models.sampling import sample
+from prefgen.whole_file import write_json
 
 
 def choose(data: CaptionedImages, *, each: int, limit: int) -> list[int]:
@@ -41,10 +41,10 @@ def choose(data: CaptionedImages, *, each: int, limit: int) -> list[int]:
 
 def named(judge: Judge, images: Tensor, *, prompts: list[str]) -> dict[str, float]:
     """Share named right, with its interval over subjects."""
-    said = judge.judge(images).subjects.argmax(1).tolist()
-    right = torch.tensor([judge.subjects[i] == p for i, p in zip(said, prompts, strict=True)]).double()
-    score = MeanScore()
-    score.update(right, users=torch.tensor([sorted(set(prompts)).index(p) for p in prompts]))
+    score = PromptFidelity(subjects=judge.subjects, among=judge.subjects)
+    # A subject's pictures resemble each other, as a user's do.
+    places = torch.tensor([judge.subjects.index(prompt) for prompt in prompts])
+    score.update(judge.judge(images).subjects, prompts=prompts, users=places)
     return {name: round(float(value), 4) for name, value in score.compute().items()}
 
 
@@ -110,7 +110,7 @@ def main() -> int:
     for name, found in figures.items():
         print(f"{name:14s} {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(args.json, content=figures)
     return 0
 
 

@@ -54,8 +54,8 @@ def test_random_bytes(name):
     @QUICK
     @given(st.binary(max_size=300))
     @example(b"")
-    @example(b"[" * 5_000)
-    @example(b"{a: " * 2_000)
+    @example(b"[" * 50_000)
+    @example(b"{a: " * 20_000)
     @example(b"\xff\xfe\x00")
     def check(data):
         feed(name, data)

@@ -51,8 +51,9 @@ def test_concepts_are_what_the_world_promises():
     assert {c.family for c in OPENMOJI.concepts() if c.test} <= families
 
 
-def test_drawings_have_their_layers():
-    for concept in OPENMOJI.concepts()[::4]:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_drawings_have_their_layers(every):
+    for concept in OPENMOJI.concepts()[::every]:
         drawn = layers(concept)
         body = np.asarray(drawn.shape)
         assert (np.asarray(drawn.line) > 128).sum() > 100, concept.name
