@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work="${WORK:-work/demo}"
 
-for part in pipeline/model_index.json mllm/config.json judge.safetensors; do
+for part in pipeline/model_index.json text_adapter.safetensors mllm/config.json judge.safetensors; do
     if [[ ! -f src/prefgen/assets/mini/$part ]]; then
         echo "demo: error: src/prefgen/assets/mini/$part is missing; run 'make foundation' first (hours)" >&2
         exit 2

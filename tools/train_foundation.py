@@ -2,9 +2,10 @@
 
     python tools/train_foundation.py --shards work/foundation/drawings --out src/prefgen/assets/mini
 
-Parts run in the order vae, clip, unet, mllm, judge; ``--only`` picks some. A part that was stopped goes on
-from its last checkpoint in ``--work``; a finished one trains no more until its checkpoints are removed. Any
-shards of ``KEY.webp`` + ``KEY.json`` (prompt, attributes, family) beside an ``attributes.json`` will do.
+Parts run in the order vae, clip, unet, adapter, mllm, judge; ``--only`` picks some. A part that was stopped
+goes on from its last checkpoint in ``--work``; a finished one trains no more until its checkpoints are
+removed. Any shards of ``KEY.webp`` + ``KEY.json`` (prompt, attributes, family) beside an ``attributes.json``
+will do.
 """
 
 from __future__ import annotations

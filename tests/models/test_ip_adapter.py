@@ -171,6 +171,18 @@ def test_training_begins_from_what_a_file_knows(bundle, tmp_path):
     adapter.attention.clear()
 
 
+def test_rows_of_one_new_part_start_apart(bundle, tmp_path):
+    """Equal columns over equal inputs would have equal gradients, and three rows would train as one."""
+    path = export(
+        make_adapter(bundle, shape=FusionShape(parts=("core",), widths=(10,), cross_width=16)), tmp_path
+    )
+    shape = FusionShape(parts=("image", "image"), widths=(TINY_IMAGE_DIM, TINY_IMAGE_DIM), cross_width=16)
+    adapter = UserAdapter(bundle.unet, shape=shape)
+    assert begin_from(adapter, path=path) == frozenset()
+    first, second = (adapter.fusion.proj.weight[:, span] for _, span in shape.spans())
+    assert 0 < (first - second).abs().mean() < 0.2 * TINY_IMAGE_DIM**-0.5
+
+
 def test_files_that_cannot_be_taken_over_are_refused_with_words(bundle, tmp_path):
     adapter = make_adapter(bundle)
     path = export(adapter, tmp_path)

@@ -77,7 +77,9 @@ def test_an_unknown_placeholder_is_named(tmp_path):
         plan.commands(plan.runs[0], work=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["reproduce", "reproduce_full", "stamps"])
+@pytest.mark.parametrize(
+    "name", ["reproduce", "stamps", pytest.param("reproduce_full", marks=pytest.mark.slow)]
+)
 def test_the_shipped_plans_name_known_settings_only(name, tmp_path):
     """Every kind of command in the plans is checked as the command line would check it."""
     from prefgen.config import load_config

@@ -25,6 +25,7 @@ EXTRAS = {
 FOUNDATION = {
     "diffusers pipeline": "asset:mini/pipeline/model_index.json",
     "CLIP": "asset:mini/pipeline/clip_projection.safetensors",
+    "text adapter": "asset:mini/text_adapter.safetensors",
     "multi-image language model": "asset:mini/mllm/config.json",
     "judge": "asset:mini/judge.safetensors",
 }

@@ -15,7 +15,7 @@ from prefgen.foundation.captioned import CaptionedImages, load_captioned
 
 log = logging.getLogger(__name__)
 
-PARTS = ("vae", "clip", "unet", "mllm", "judge")
+PARTS = ("vae", "clip", "unet", "adapter", "mllm", "judge")
 
 
 def build_part(
@@ -31,11 +31,13 @@ def build_part(
     """Train one part and write it into ``out`` with its card ``cards/<part>.json``.
 
     Args:
-        part: one of :data:`PARTS`; ``unet`` and ``judge`` need ``vae``, ``unet`` needs ``clip``.
-        shards: captioned shards (``train-*``, ``heldout-*``, ``staged-*`` and ``studies-*`` for the UNet,
-            ``judge-*`` for the judge).
+        part: one of :data:`PARTS`; ``unet`` and ``judge`` need ``vae``, ``unet`` needs ``clip``, and
+            ``adapter`` needs ``unet``.
+        shards: captioned shards (``train-*``, ``heldout-*``, ``staged-*`` for UNet and adapter,
+            ``studies-*`` for the UNet, ``judge-*`` for the judge).
         work: checkpoints and caches, one folder a part.
-        out: receives ``pipeline/``, ``mllm/``, ``judge.safetensors`` and ``cards/``.
+        out: receives ``pipeline/``, ``text_adapter.safetensors``, ``mllm/``, ``judge.safetensors`` and
+            ``cards/``.
         seed: of weights, batches and noise.
         steps: instead of the plan's; for CLIP those of its text tower, for the MLLM those of
             its grouping curriculum.
@@ -47,7 +49,11 @@ def build_part(
     Raises:
         DataError: shards or an earlier part are missing.
     """
-    for needed in {"unet": ("vae", "text_encoder"), "judge": ("vae",)}.get(part, ()):
+    for needed in {
+        "unet": ("vae", "text_encoder"),
+        "adapter": ("vae", "text_encoder", "unet"),
+        "judge": ("vae",),
+    }.get(part, ()):
         if not (out / "pipeline" / needed).is_dir():
             raise DataError(f"{part} needs {out / 'pipeline' / needed}; train the parts before it first")
     load = partial(load_captioned, shards, cache=work / "cache")
@@ -104,6 +110,18 @@ def _train(
             _plan(mllm.SPEAKING_PLAN, seed, None),
         )
         return mllm.train_mllm(data, work=work, out=out / "mllm", plans=plans)
+    if part == "adapter":
+        from prefgen.foundation import adapter
+
+        return adapter.train_adapter(
+            data,
+            load(split="staged"),
+            parts=pipeline,
+            work=work,
+            latents=work.parent / "unet",
+            out=out / "text_adapter.safetensors",
+            plan=_plan(adapter.PLAN, seed, steps),
+        )
     from prefgen.foundation import judge
 
     return judge.train_judge(

@@ -28,6 +28,9 @@ EXPORT = ArtefactKind(name="IP-Adapter", key="prefgen_ip_adapter", version=1, st
 """``ip_adapter.safetensors`` as prefgen writes it; files of others carry no header."""
 
 _IMAGE_PROJ = ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
+_NEAR_NOTHING = 0.1
+"""Share of their random start that columns keep of a part that comes twice and is new to the file."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -235,8 +238,9 @@ def begin_from(adapter: UserAdapter, *, path: Path) -> frozenset[PartName]:
     """Start an adapter's training from a file instead of from the frozen text projections.
 
     A part that the file knows takes over its columns of the Linear and its statistics, so that its tokens
-    are the file's. Any other part starts with zero columns: its tokens are then those of "not known", and
-    training moves them. With ``parts=image`` and an IP-Adapter of others the start IS that IP-Adapter.
+    are the file's. Any other part starts with zero columns, or nearly so where it comes more than once: its
+    tokens are then those of "not known", and training moves them. With ``parts=image`` and an IP-Adapter of
+    others the start IS that IP-Adapter.
 
     Args:
         adapter: as made for the UNet; changed in place.
@@ -259,7 +263,8 @@ def begin_from(adapter: UserAdapter, *, path: Path) -> frozenset[PartName]:
     given = dict(source.shape.spans())
     for part, span in fusion.shape.spans():
         if part not in given:
-            fusion.proj.weight[:, span] = 0
+            # Rows of one input and equal columns would have equal gradients, and stay one row for ever.
+            fusion.proj.weight[:, span] *= _NEAR_NOTHING if fusion.shape.parts.count(part) > 1 else 0
             continue
         theirs = given[part]
         if theirs.stop - theirs.start != span.stop - span.start:

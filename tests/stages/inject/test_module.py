@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from prefgen.errors import CheckpointError
-from prefgen.models.user_adapter import load_user_adapter
+from prefgen.models.user_adapter import KIND, load_user_adapter
 from prefgen.run import fit
 from prefgen.run_noise import quiet_lightning
 from prefgen.stages.inject.data import InjectData
@@ -297,6 +297,19 @@ def test_training_starts_from_an_ip_adapter(make_config, workdir, tmp_path):
     spans = dict(module.adapter.fusion.shape.spans())
     assert bool(module.adapter.fusion.mean[spans["core"]].any())
     assert not bool(module.adapter.fusion.mean[spans["image"]].any())
+
+
+def test_an_adapter_of_another_unet_of_this_size_is_told(make_config, tmp_path, caplog):
+    words = ["trainer.max_steps=1", "optim.learning_rate=0"]
+    run_fit(make_config(*words, f"run_dir={tmp_path / 'first'}"))
+    path = tmp_path / "first" / "user_adapter.safetensors"
+    InjectModule(make_config(f"model.init_adapter={path}"))
+    assert not caplog.records
+    header, tensors = KIND.read(path)
+    header = {name: header[name] for name in ("shape", "layers", "lineage")}
+    KIND.write(path, tensors=tensors, header={**header, "lineage": {**header["lineage"], "unet": "0"}})
+    InjectModule(make_config(f"model.init_adapter={path}"))
+    assert "was trained for another UNet of the same layers" in caplog.text
 
 
 def test_sdxl_trains_through_the_same_bundle(make_config, tmp_path):
