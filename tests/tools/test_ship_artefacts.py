@@ -39,6 +39,8 @@ def test_everything_a_profile_needs_is_copied_with_a_card(tool, work, tmp_path):
     Artefacts.find(tmp_path / "out").require(
         "lora", "probe", "projector", "attribute_readout", "user_adapter"
     )
+    said = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] is None, "a path of the machine that trained"
     assert card["figures"] == {"vqa_accuracy": {"mean": 0.9}}
     assert all(size > 0 for size in card["bytes"].values())
     assert json.loads((tmp_path / "out" / "cards" / "artefacts.json").read_text()) == card

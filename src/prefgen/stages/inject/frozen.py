@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from prefgen.data.index import index_hash, read_index
 from prefgen.errors import CheckpointError
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.diffusion import DiffusionBundle
+from prefgen.models.ip_adapter import read_adapter
 from prefgen.models.projector import SemProjector, load_projector
 from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig
 from prefgen.stages.inject.users import EmbeddingFacts
+
+log = logging.getLogger(__name__)
 
 
 def load_bundle(config: InjectConfig, *, device: str | torch.device = "cpu") -> DiffusionBundle:
@@ -110,6 +115,17 @@ def load_aligner(
             f"{config.data.embeddings} holds {facts.sem_width}; fit stage align on these embeddings"
         )
     return loaded.projector, {**lineage, "projector": hash_file(path)}
+
+
+def warn_of_another_unet(path: Path, *, lineage: Mapping[str, str]) -> None:
+    """One of another UNet of this size loads without complaint; it may be meant, as for a fine-tuned UNet."""
+    theirs, own = read_adapter(path).lineage.get("unet"), lineage.get("unet")
+    if theirs and own and theirs != own:
+        log.warning(
+            "model.init_adapter=%s was trained for another UNet of the same layers than model.pipeline's; "
+            "pass the file made with this pipeline, or null to start from its text projections",
+            path,
+        )
 
 
 def _check_image_encoder(config: InjectConfig, *, lineage: Mapping[str, str]) -> None:

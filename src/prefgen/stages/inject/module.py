@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from prefgen.config import resolve_path
 from prefgen.lineage import hash_file
 from prefgen.models.diffusion import LatentMoments, TextCondition
 from prefgen.models.fusion import FusionShape, PartName
-from prefgen.models.ip_adapter import AdapterSource, begin_from, read_adapter
+from prefgen.models.ip_adapter import begin_from
 from prefgen.models.noise import draw_noise, noise_loss
 from prefgen.models.pixels import to_pil, to_pixels, to_uint8
 from prefgen.models.sampling import SampleUsers, sample
@@ -27,11 +26,15 @@ from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 from prefgen.stages.base import StageModule
 from prefgen.stages.inject.config import PARTS, InjectConfig
 from prefgen.stages.inject.data import InjectBatch, InjectData
-from prefgen.stages.inject.frozen import buckets_of, check_encoded, load_aligner, load_bundle
+from prefgen.stages.inject.frozen import (
+    buckets_of,
+    check_encoded,
+    load_aligner,
+    load_bundle,
+    warn_of_another_unet,
+)
 from prefgen.stages.inject.users import EmbeddingFacts, read_facts
 from prefgen.stages.sharding import gathered, is_sharded
-
-log = logging.getLogger(__name__)
 
 ARTEFACT = "user_adapter.safetensors"
 _SAMPLE_SEED = 1234
@@ -80,7 +83,7 @@ class InjectModule(StageModule):
         if config.model.init_adapter is not None:
             start = resolve_path(config.model.init_adapter)
             self._given_parts = begin_from(self.adapter, path=start)
-            _warn_of_another_unet(read_adapter(start), lineage=self.lineage)
+            warn_of_another_unet(start, lineage=self.lineage)
             self.lineage["init_adapter"] = hash_file(start)
         if config.model.text_lora_rank:
             with torch.random.fork_rng(devices=[]):
@@ -337,17 +340,6 @@ class InjectModule(StageModule):
         if self.config.model.text_lora_rank:
             save_text_lora(self.bundle.unet, path=run_dir / TEXT_LORA_FILE)
         return path
-
-
-def _warn_of_another_unet(source: AdapterSource, *, lineage: Mapping[str, str]) -> None:
-    """One of another UNet of this size loads without complaint; it may be meant, as for a fine-tuned UNet."""
-    theirs, own = source.lineage.get("unet"), lineage.get("unet")
-    if theirs and own and theirs != own:
-        log.warning(
-            "model.init_adapter=%s was trained for another UNet of the same layers than model.pipeline's; "
-            "pass the file made with this pipeline, or null to start from its text projections",
-            source.path,
-        )
 
 
 def _without_dropped(text: TextCondition, *, prompts: Sequence[str], nothing: TextCondition) -> TextCondition:
