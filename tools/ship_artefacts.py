@@ -57,7 +57,6 @@ def ship(work: Path, *, out: Path) -> dict[str, Any]:
         if source.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target)
-            _forget_path(target / "adapter_config.json")
         else:
             shutil.copyfile(source, target)
         sizes[name] = sum(f.stat().st_size for f in ([target] if target.is_file() else target.rglob("*")))
@@ -73,13 +72,6 @@ def ship(work: Path, *, out: Path) -> dict[str, Any]:
     (out / "cards").mkdir(parents=True, exist_ok=True)
     (out / "cards" / "artefacts.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return card
-
-
-def _forget_path(config: Path) -> None:
-    """Drop what peft notes of where the base model lay: a path of the machine that trained."""
-    content = json.loads(config.read_text(encoding="utf-8"))
-    content["base_model_name_or_path"] = None
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> int:

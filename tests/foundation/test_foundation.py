@@ -32,7 +32,7 @@ from prefgen.lineage import hash_folder
 from prefgen.models.clip import Clip
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import FusionShape
-from prefgen.models.ip_adapter import begin_from, load_adapter
+from prefgen.models.ip_adapter import begin_from, load_adapter, read_adapter
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import DISLIKED_MARK, LIKE_WORDS, LIKED_MARK, YES_NO
 from prefgen.models.sampling import sample
@@ -301,7 +301,7 @@ def test_a_user_adapter_may_begin_with_the_one_that_reads_words(foundation):
     assert theirs.lineage["unet"] == hash_folder(foundation / "pipeline" / "unet")
     shape = FusionShape(parts=("aligned", "core"), widths=(width, 5), cross_width=width)
     own = UserAdapter(bundle.unet, shape=shape)
-    assert begin_from(own, path=foundation / "text_adapter.safetensors") == {"aligned"}
+    assert begin_from(own, read_adapter(foundation / "text_adapter.safetensors")) == {"aligned"}
     words = TextSpace.load(foundation / "pipeline").encode(["crimson, grid paper"])
     with torch.no_grad():
         tokens = own.tokens({"aligned": words, "core": torch.ones(1, 5)})

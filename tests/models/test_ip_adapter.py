@@ -120,7 +120,7 @@ def test_a_stock_file_draws_its_pictures_here(bundle, tiny_pipeline, tmp_path):
     begun = UserAdapter(
         bundle.unet, shape=FusionShape(parts=("image",), widths=(TINY_IMAGE_DIM,), cross_width=16)
     )
-    assert begin_from(begun, path=path) == {"image"}
+    assert begin_from(begun, read_adapter(path)) == {"image"}
     for name, value in loaded.adapter.state_dict().items():
         assert torch.equal(begun.state_dict()[name], value), name
 
@@ -155,7 +155,7 @@ def test_training_begins_from_what_a_file_knows(bundle, tmp_path):
     path = export(source, tmp_path)
     torch.manual_seed(5)
     adapter = UserAdapter(bundle.unet, shape=SHAPE)
-    assert begin_from(adapter, path=path) == {"image"}
+    assert begin_from(adapter, read_adapter(path)) == {"image"}
     parts = draw_parts(SHAPE, count=3)
     with torch.no_grad():
         tokens = adapter.tokens(parts)
@@ -178,7 +178,7 @@ def test_rows_of_one_new_part_start_apart(bundle, tmp_path):
     )
     shape = FusionShape(parts=("image", "image"), widths=(TINY_IMAGE_DIM, TINY_IMAGE_DIM), cross_width=16)
     adapter = UserAdapter(bundle.unet, shape=shape)
-    assert begin_from(adapter, path=path) == frozenset()
+    assert begin_from(adapter, read_adapter(path)) == frozenset()
     first, second = (adapter.fusion.proj.weight[:, span] for _, span in shape.spans())
     assert 0 < (first - second).abs().mean() < 0.2 * TINY_IMAGE_DIM**-0.5
 
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_taken_over_are_refused_with_words(bundle, tmp_path
         bundle.unet, shape=FusionShape(parts=("image",), widths=(TINY_IMAGE_DIM + 1,), cross_width=16)
     )
     with pytest.raises(CheckpointError, match="reads image embeddings of width 12, here they have 13"):
-        begin_from(narrow, path=path)
+        begin_from(narrow, read_adapter(path))
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match="is no adapter or torn"):

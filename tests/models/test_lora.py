@@ -25,6 +25,7 @@ def test_a_lora_comes_into_place_whole(folder, tmp_path, monkeypatch):
     save_lora(lora, path=place, mllm_hash="first")
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     assert set(before) == {WEIGHTS_NAME, "adapter_config.json", "prefgen.json"}
+    assert str(folder).encode() not in before["adapter_config.json"], "a path of the machine that trained"
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             if "lora_B" in name:

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefgen.foundation.captioned import CaptionedImages
-from prefgen.foundation.loop import Loop, LoopPlan, quick
-from prefgen.foundation.unet import caption_encoder, latents_of, noisy_timesteps
+from prefgen.foundation.loop import Loop, LoopPlan
+from prefgen.foundation.unet import denoising_loss, latents_of
 from prefgen.lineage import hash_folder
+from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import FusionShape
-from prefgen.models.noise import NoiseSchedule, noise_loss
 from prefgen.models.text import TextSpace
 from prefgen.models.user_adapter import UserAdapter, save_user_adapter
 
@@ -71,8 +70,8 @@ def train_adapter(
     parts: Path,
     work: Path,
     out: Path,
+    latents: Path,
     plan: LoopPlan = PLAN,
-    latents: Path | None = None,
 ) -> dict[str, object]:
     """Train over the frozen pipeline in ``parts`` and write a user adapter to ``out``.
 
@@ -82,19 +81,19 @@ def train_adapter(
         parts: the pipeline folder.
         work: checkpoints.
         out: the file; its one part is ``aligned``, see :func:`prefgen.models.ip_adapter.begin_from`.
+        latents: folder where the pictures' latents are kept, the UNet's own.
         plan: length and rate.
-        latents: folder where latents are kept; None keeps them in ``work``.
 
     Returns:
         Figures for the card.
     """
     torch.manual_seed(plan.seed)
-    kept = _Kept(data, staged, parts=parts, work=work if latents is None else latents)
-    encode, width = caption_encoder(parts)
-    unet = UNet2DConditionModel.from_pretrained(parts / "unet", torch_dtype=torch.float32)
-    unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-    schedule = NoiseSchedule.of(DDIMScheduler.from_pretrained(parts / "scheduler"))
-    adapter = UserAdapter(unet, shape=FusionShape(parts=("aligned",), widths=(width,), cross_width=width))
+    bundle = DiffusionBundle.load(str(parts), memory_format="channels_last")
+    kept = _Kept(data, staged, parts=parts, vae=bundle.vae, latents=latents)
+    width = bundle.cross_width
+    adapter = UserAdapter(
+        bundle.unet, shape=FusionShape(parts=("aligned",), widths=(width,), cross_width=width)
+    )
     texts = kept.tastes(2_000, rng=np.random.default_rng([plan.seed, 1]))
     adapter.fusion.standardise({"aligned": texts})
     adapter.fusion.begin_in_text_space(texts)
@@ -104,19 +103,15 @@ def train_adapter(
 
     def loss(step: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
         batch = kept.draw(plan.batch_size, rng=rng)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        timesteps = noisy_timesteps(plan.batch_size, total=len(schedule), generator=generator)
         tokens = adapter.tokens({"aligned": batch.tastes}, keep={"aligned": batch.known})
         unknown = adapter.null_tokens(plan.batch_size).repeat(1, NUM_UNKNOWN_ROWS, 1)
-        # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
-        with quick(), sdpa_kernel(SDPBackend.MATH):
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             adapter.attention.set(torch.cat([tokens, unknown], dim=1))
-            noisy = schedule.add(batch.latents, noise=noise, timesteps=timesteps)
-            predicted = unet(noisy, timesteps, encode(batch.prompts), return_dict=False)[0]
-        each = noise_loss(
-            predicted, latents=batch.latents, noise=noise, timesteps=timesteps, schedule=schedule
-        )
-        return {"loss": each.mean()}
+            return bundle.denoise(noisy, timesteps=timesteps, text=bundle.encode_text(batch.prompts))
+
+        value = denoising_loss(predict, batch.latents, schedule=bundle.schedule, generator=generator)
+        return {"loss": value}
 
     loop.run(loss, title="adapter")
     loop.use_average()
@@ -145,11 +140,9 @@ class _Batch:
 class _Kept:
     """Encoded pictures of both kinds, and the text space of their attributes."""
 
-    def __init__(self, *pictures: CaptionedImages, parts: Path, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        vae = AutoencoderKL.from_pretrained(parts / "vae", torch_dtype=torch.float32).eval()
+    def __init__(self, *pictures: CaptionedImages, parts: Path, vae: AutoencoderKL, latents: Path) -> None:
         self._pictures = pictures
-        self._latents = [latents_of(some, vae=vae, work=work) for some in pictures]
+        self._latents = [latents_of(some, vae=vae, work=latents) for some in pictures]
         self._space = TextSpace.load(parts)
 
     def tastes(self, count: int, *, rng: np.random.Generator) -> Tensor:

@@ -103,25 +103,27 @@ def _encode_all(vae: AutoencoderKL, data: CaptionedImages) -> Tensor:
     return torch.cat(parts)
 
 
-def caption_encoder(parts: Path) -> tuple[Callable[[list[str]], Tensor], int]:
-    """What makes (B,T,Dcross) of captions by the frozen text encoder in ``parts``, and Dcross."""
-    text_encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
-    text_encoder.requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    clean: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean noise loss of a batch of clean latents (B,4,h,w) at noisy timesteps.
 
-    def encode(captions: list[str]) -> Tensor:
-        ids = tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        )["input_ids"]
-        with torch.no_grad():
-            hidden: Tensor = text_encoder(ids).last_hidden_state
-        return hidden
-
-    return encode, text_encoder.config.hidden_size
+    Args:
+        predict: the UNet's prediction for noisy latents (B,4,h,w) and timesteps (B,).
+        clean: latents in the UNet's scale.
+        schedule: the pipeline's.
+        generator: draws noise, then timesteps.
+    """
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = _noisy_timesteps(len(clean), total=len(schedule), generator=generator)
+    # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
+    with quick(), sdpa_kernel(SDPBackend.MATH):
+        predicted = predict(schedule.add(clean, noise=noise, timesteps=timesteps), timesteps)
+    return noise_loss(predicted, latents=clean, noise=noise, timesteps=timesteps, schedule=schedule).mean()
 
 
 def train_unet(
@@ -154,7 +156,9 @@ def train_unet(
     """
     torch.manual_seed(plan.seed)
     vae = AutoencoderKL.from_pretrained(parts / "vae", torch_dtype=torch.float32).eval()
-    encode, cross_width = caption_encoder(parts)
+    text_encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
+    text_encoder.requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
     sources = [
         _Source(pictures, latents_of(pictures, vae=vae, work=work), bare_rate=bare_rate, fewest=fewest)
         for pictures, bare_rate, fewest in (
@@ -163,13 +167,25 @@ def train_unet(
             (studies, BARE_STUDY_RATE, 1),
         )
     ]
-    unet = build_unet(sample_size=sources[0].latents.shape[-1], cross_width=cross_width)
+    unet = build_unet(sample_size=sources[0].latents.shape[-1], cross_width=text_encoder.config.hidden_size)
     if start is not None:
         _begin_with(unet, start=start)
     unet.to(memory_format=torch.channels_last)  # a tenth less time a step
     scheduler = build_scheduler()
     schedule = NoiseSchedule.of(scheduler)
     loop = Loop(unet, plan=plan, folder=work, matrices=_inner_matrices(unet))
+
+    def encode(captions: list[str]) -> Tensor:
+        ids = tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )["input_ids"]
+        with torch.no_grad():
+            hidden: Tensor = text_encoder(ids).last_hidden_state
+        return hidden
 
     def loss(step: int, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Tensor]:
         done = step / plan.steps if start is None else 0.5 + 0.5 * step / plan.steps
@@ -181,14 +197,12 @@ def train_unet(
         drawn = [source.draw(count, rng=rng) for source, count in zip(sources, counts, strict=True)]
         clean = torch.cat([latents for latents, _ in drawn])
         captions = [caption for _, some in drawn for caption in some]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = noisy_timesteps(plan.batch_size, total=len(schedule), generator=generator)
-        # math attention: on a CPU the fused kernel's backward takes several times as long at these sizes
-        with quick(), sdpa_kernel(SDPBackend.MATH):
-            noisy = schedule.add(clean, noise=noise, timesteps=timesteps)
-            predicted = unet(noisy, timesteps, encode(captions), return_dict=False)[0]
-        each = noise_loss(predicted, latents=clean, noise=noise, timesteps=timesteps, schedule=schedule)
-        return {"loss": each.mean()}
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            predicted: Tensor = unet(noisy, timesteps, encode(captions), return_dict=False)[0]
+            return predicted
+
+        return {"loss": denoising_loss(predict, clean, schedule=schedule, generator=generator)}
 
     loop.run(loss, title="unet")
     loop.use_average()
@@ -238,7 +252,7 @@ def _inner_matrices(unet: UNet2DConditionModel) -> list[nn.Parameter]:
     return [p for name, p in unet.named_parameters() if p.ndim >= 2 and not name.startswith(outer)]
 
 
-def noisy_timesteps(batch_size: int, *, total: int, generator: torch.Generator) -> Tensor:
+def _noisy_timesteps(batch_size: int, *, total: int, generator: torch.Generator) -> Tensor:
     """The later of two uniform draws each: what a picture shows is settled in the noisy half.
 
     After 2,500 steps of uniform draws a wrong subject in the caption cost .037 of the loss at the last

@@ -234,7 +234,7 @@ def _check_unet(adapter: UserAdapter, *, source: AdapterSource) -> None:
 
 
 @torch.no_grad()
-def begin_from(adapter: UserAdapter, *, path: Path) -> frozenset[PartName]:
+def begin_from(adapter: UserAdapter, source: AdapterSource) -> frozenset[PartName]:
     """Start an adapter's training from a file instead of from the frozen text projections.
 
     A part that the file knows takes over its columns of the Linear and its statistics, so that its tokens
@@ -244,19 +244,18 @@ def begin_from(adapter: UserAdapter, *, path: Path) -> frozenset[PartName]:
 
     Args:
         adapter: as made for the UNet; changed in place.
-        path: see :func:`read_adapter`.
+        source: what :func:`read_adapter` found in the file.
 
     Returns:
         The parts whose statistics came along; :meth:`UserFusion.standardise` must leave them alone.
 
     Raises:
-        CheckpointError: as :func:`read_adapter`, made for another UNet, or a part of another width.
+        CheckpointError: it was made for another UNet, or a part has another width.
     """
-    source = read_adapter(path)
     fusion, state = adapter.fusion, source.state
     if source.shape.cross_width != fusion.shape.cross_width:
         raise CheckpointError(
-            f"{path} makes tokens of width {source.shape.cross_width}, this UNet reads "
+            f"{source.path} makes tokens of width {source.shape.cross_width}, this UNet reads "
             f"{fusion.shape.cross_width}: it was made for another base model"
         )
     _check_unet(adapter, source=source)
@@ -269,8 +268,8 @@ def begin_from(adapter: UserAdapter, *, path: Path) -> frozenset[PartName]:
         theirs = given[part]
         if theirs.stop - theirs.start != span.stop - span.start:
             raise CheckpointError(
-                f"{path} reads {part} embeddings of width {theirs.stop - theirs.start}, here they have "
-                f"{span.stop - span.start}: they come from another model"
+                f"{source.path} reads {part} embeddings of width {theirs.stop - theirs.start}, here they "
+                f"have {span.stop - span.start}: they come from another model"
             )
         fusion.proj.weight[:, span] = state["fusion.proj.weight"][:, theirs]
         fusion.mean[span], fusion.scale[span] = state["fusion.mean"][theirs], state["fusion.scale"][theirs]

@@ -77,12 +77,12 @@ def save_lora(model: PeftModel, *, path: Path, mllm_hash: str | None = None) -> 
     With ``mllm_hash`` a small json beside them says which model it was trained on. The folder comes into
     place whole, an older one leaves it then: never weights of one training beside the lineage of another.
     """
-    model.peft_config["default"].base_model_name_or_path = None
     part, old = (path.with_name(f".{path.name}.{word}") for word in ("part", "old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(part, save_embedding_layers=False)
     (part / "README.md").unlink(missing_ok=True)
+    _forget_path(part / "adapter_config.json")
     if mllm_hash is not None:
         (part / LINEAGE_NAME).write_text(json.dumps({"mllm": mllm_hash}) + "\n", encoding="utf-8")
     if path.exists():
@@ -90,6 +90,13 @@ def save_lora(model: PeftModel, *, path: Path, mllm_hash: str | None = None) -> 
     part.rename(path)
     shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _forget_path(config: Path) -> None:
+    """Drop where the base model lay, a path of the machine that trained; saving, peft fills it in anew."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = None
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _trained_on(path: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from prefgen.data.index import index_hash, read_index
 from prefgen.errors import CheckpointError
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.diffusion import DiffusionBundle
-from prefgen.models.ip_adapter import read_adapter
+from prefgen.models.ip_adapter import AdapterSource
 from prefgen.models.projector import SemProjector, load_projector
 from prefgen.stages.base import shard_root
 from prefgen.stages.inject.config import InjectConfig
@@ -117,14 +116,14 @@ def load_aligner(
     return loaded.projector, {**lineage, "projector": hash_file(path)}
 
 
-def warn_of_another_unet(path: Path, *, lineage: Mapping[str, str]) -> None:
+def warn_of_another_unet(source: AdapterSource, *, lineage: Mapping[str, str]) -> None:
     """One of another UNet of this size loads without complaint; it may be meant, as for a fine-tuned UNet."""
-    theirs, own = read_adapter(path).lineage.get("unet"), lineage.get("unet")
+    theirs, own = source.lineage.get("unet"), lineage.get("unet")
     if theirs and own and theirs != own:
         log.warning(
             "model.init_adapter=%s was trained for another UNet of the same layers than model.pipeline's; "
             "pass the file made with this pipeline, or null to start from its text projections",
-            path,
+            source.path,
         )
 
 

@@ -17,7 +17,7 @@ from prefgen.config import resolve_path
 from prefgen.lineage import hash_file
 from prefgen.models.diffusion import LatentMoments, TextCondition
 from prefgen.models.fusion import FusionShape, PartName
-from prefgen.models.ip_adapter import begin_from
+from prefgen.models.ip_adapter import begin_from, read_adapter
 from prefgen.models.noise import draw_noise, noise_loss
 from prefgen.models.pixels import to_pil, to_pixels, to_uint8
 from prefgen.models.sampling import SampleUsers, sample
@@ -81,10 +81,10 @@ class InjectModule(StageModule):
             self.adapter = UserAdapter(self.bundle.unet, shape=self._shape(facts))
         self._given_parts: frozenset[PartName] = frozenset()
         if config.model.init_adapter is not None:
-            start = resolve_path(config.model.init_adapter)
-            self._given_parts = begin_from(self.adapter, path=start)
+            start = read_adapter(resolve_path(config.model.init_adapter))
+            self._given_parts = begin_from(self.adapter, start)
             warn_of_another_unet(start, lineage=self.lineage)
-            self.lineage["init_adapter"] = hash_file(start)
+            self.lineage["init_adapter"] = hash_file(start.path)
         if config.model.text_lora_rank:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
