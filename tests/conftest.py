@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread, and nothing left behind for the next test."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +28,18 @@ def _nothing_left_behind():
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         pytest.fail("the test left a process group behind")
+
+
+def pytest_collection_finish():
+    """What the imports made stays: else every full collection looks through millions of objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_sessionfinish():
+    """Let go again: extension modules complain at exit about what is never collected."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -21,7 +21,6 @@ from prefgen.run_noise import quiet_lightning, user_errors
 from prefgen.testing.resume import assert_resume_is_exact, assert_same
 from toy_config import ToyConfig
 from toy_stage import ToyData, ToyModule
-from zygote import Zygote
 
 
 def toy(tmp_path, *overrides):
@@ -37,7 +36,7 @@ def train(config, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 7, 9])
+@pytest.mark.parametrize("stop", [3, 7, pytest.param(9, marks=pytest.mark.slow)])
 def test_resume_is_exact(tmp_path, num_workers, stop):
     """An epoch has 7 batches: the stop falls inside the first, at its end, inside the second."""
     config = toy(tmp_path, "optim.schedule=cosine", "optim.warmup_steps=2")
@@ -351,40 +350,6 @@ def fit_words(tmp_path, *more, steps):
     words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
     words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1"]
     return [*words, *more]
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    started = Zygote(SLOW_TOY, folder=tmp_path_factory.mktemp("zygote"))
-    yield started
-    started.close()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_writes_a_checkpoint_and_says_how_to_go_on(zygote, tmp_path, number):
-    process = zygote.start(*fit_words(tmp_path, steps=500), NAP="0.2")
-    try:
-        process.wait_for(tmp_path / "toy" / "checkpoints" / "step-00000002.ckpt")
-        process.send_signal(number)
-    except BaseException:
-        process.send_signal(signal.SIGKILL)
-        raise
-    status, _, err = process.wait()
-    assert status == 128 + number, err
-    assert f"stopped by {number.name} after step" in err
-    assert "run the same command again to go on" in err
-    assert "Traceback" not in err
-    assert err.splitlines()[0].startswith("fit align: config ")
-    assert str(tmp_path / "toy") in err.splitlines()[0]
-    if number != signal.SIGTERM:
-        return
-    last = list_checkpoints(tmp_path / "toy" / "checkpoints")[-1]
-    status, out, err = zygote.start(*fit_words(tmp_path, steps=int(last.stem[5:]) + 1), NAP="0").wait()
-    assert status == 0, err
-    assert f"going on from {last}" in err
-    assert "artefact: " in out
-    assert "checkpoint: " in out
-    assert "log: " in out
 
 
 SCRIPT = f"""{SLOW_TOY}

@@ -19,6 +19,7 @@ def test_missing_things_are_named_with_the_cure(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "FOUNDATION", {"CLIP": "asset:nowhere/clip/config.json"})
     monkeypatch.setattr(doctor, "EXTRAS", {"mini": ("surely_not_installed",)})
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "surely-not-installed"))
+    monkeypatch.setattr(doctor, "bf16_gain", lambda: 1.0)  # timed in the test above, for seconds
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "surely-not-installed MISSING" in out
@@ -34,6 +35,7 @@ def test_parts_are_found_by_a_folder_of_json_or_by_a_file_of_weights(capsys, mon
     (tmp_path / "weights.safetensors").write_bytes(b"\xb8" * 200_000)
     places = {"model": tmp_path / "model" / "config.json", "weights": tmp_path / "weights.safetensors"}
     monkeypatch.setattr(doctor, "FOUNDATION", {name: str(path) for name, path in places.items()})
+    monkeypatch.setattr(doctor, "bf16_gain", lambda: 1.0)
     main(["doctor"])
     out = capsys.readouterr().out
     assert f"  model: {tmp_path / 'model'} (0.0 MB), SomeModel\n" in out

@@ -283,6 +283,7 @@ def test_more_on_request_and_the_plain_figures_stay(words, report, metrics, tmp_
     assert {"feedback", "image_mean", "further figures"} <= set(seconds)
 
 
+@pytest.mark.slow
 def test_an_mllm_and_vipers_proxy_judge_on_request(workdir, words, report, tmp_path, capsys):
     other = tiny_mllm(tmp_path / "mllm", seed=7)
     viper = save_tiny_viper(tmp_path / "viper")

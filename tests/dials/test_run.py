@@ -89,6 +89,7 @@ def test_the_report_shows_every_curve(measured):
     assert "bit for bit" in text
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_killed(measured, settings):
     dial, out = measured
     lost = [
@@ -106,6 +107,7 @@ def test_it_goes_on_where_it_was_killed(measured, settings):
     assert all(path.is_file() for path in lost)
 
 
+@pytest.mark.slow
 def test_points_may_be_added_and_nothing_else_changed(measured, settings, monkeypatch, capsys):
     _, out = measured
     words = ["dial.py", "--out", str(out), "--images", "1,3", "--reference", "2", "--negative-scales", "0,2"]

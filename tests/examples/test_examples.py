@@ -46,6 +46,7 @@ def same(first, second):
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_the_shape_is_left_to_the_prompt(monkeypatch, pipeline, profiles):
     draw = script(monkeypatch, OBJECT)["draw"]
 

@@ -242,6 +242,7 @@ def foundation(shards, tmp_path_factory):
             patch.setattr(module, name, replace(getattr(module, name), steps=2, batch_size=4, every=2))
         patch.setattr(mllm, "EXAM_EPISODES", 6)
         patch.setattr(mllm, "NUM_CAPTIONS", 4)
+        patch.setattr(adapter, "NUM_MEASURED", 64)
         for part in PARTS:
             build_part(part, shards=shards, work=folder / "work", out=folder / "out")
     return folder / "out"

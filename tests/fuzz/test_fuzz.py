@@ -12,7 +12,7 @@ from prefgen.testing.fuzz import TARGETS, feed, good
 
 TOOL = Path(__file__).parents[2] / "tools" / "fuzz.py"
 QUICK = settings(
-    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 

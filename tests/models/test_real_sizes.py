@@ -6,13 +6,10 @@ from prefgen.models.families import FAMILY_NAMES
 from prefgen.models.real_sizes import measure, published_models
 
 MODELS = {model.name: model for model in published_models()}
-SMALLEST = (
-    "HuggingFaceM4/idefics2-8b",
+EVERY_RUN = (
     "HuggingFaceTB/SmolVLM-256M-Instruct",
-    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     "Qwen/Qwen2.5-VL-7B-Instruct",
-    "Qwen/Qwen3-VL-2B-Instruct",
 )
 TOKENS = {"idefics2": 64, "llava_onevision": 27 * 27 + 1, "qwen2_5_vl": 64, "qwen3_vl": 49}
 
@@ -40,12 +37,8 @@ def test_every_family_is_in_the_table():
     assert all(model.count_source for model in MODELS.values())
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_one_size_of_each_family(name):
-    check(MODELS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in SMALLEST])
-def test_other_sizes(name):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.slow) for name in MODELS]
+)
+def test_parameters_and_lora_targets_of_the_published_size(name):
     check(MODELS[name])

@@ -71,6 +71,7 @@ def feedback(studio, users, **changes):
     return draw_with_feedback(studio, users, progress=nothing, **settings)
 
 
+@pytest.mark.slow
 def test_all_of_them_draw_and_leave_the_unet_as_it_was(studio, users, base, tiny_study):
     adapter = studio.load_adapter(tiny_study / "inject_image_only" / "user_adapter.safetensors")
     before = dict(studio.bundle.unet.attn_processors)

@@ -46,7 +46,8 @@ class UserEmbeddings:
         core_negative: (R, Dcore) the same references with the sides swapped.
         sem_negative: (R, Dsem) the same.
         reference_keys: image keys of each draw, R tuples; a target must not be among them.
-        image: (N, Dimage) image-encoder embedding of every image.
+        image: (N, Dimage) image-encoder embeddings: of the liked images, then of the disliked ones, which
+            stage probe leaves out for training users.
         image_keys: image key of each row of ``image``, N.
         prompts: prompt of each image, N; empty text where unknown.
         liked_attributes: attributes the user is drawn to; may be empty.

@@ -35,6 +35,9 @@ a picture shows one of them."""
 NUM_UNKNOWN_ROWS = 2
 """Rows of which nothing is known beside the list's own: stage inject puts core and image there."""
 
+NUM_MEASURED = 2_000
+"""Lists by whose mean and spread the adapter's input is standardised."""
+
 DROP_RATE = 0.05
 """Rate of each of three drops for classifier-free guidance: the list, the subject, both."""
 
@@ -94,7 +97,7 @@ def train_adapter(
     adapter = UserAdapter(
         bundle.unet, shape=FusionShape(parts=("aligned",), widths=(width,), cross_width=width)
     )
-    texts = kept.tastes(2_000, rng=np.random.default_rng([plan.seed, 1]))
+    texts = kept.tastes(NUM_MEASURED, rng=np.random.default_rng([plan.seed, 1]))
     adapter.fusion.standardise({"aligned": texts})
     adapter.fusion.begin_in_text_space(texts)
     adapter.attention.install()

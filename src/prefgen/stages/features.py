@@ -7,7 +7,7 @@ names the model and the shards it was made from and is made again when either ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from prefgen.errors import DataError
 from prefgen.lineage import hash_folder
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import UserRows
-from prefgen.schema import Split
+from prefgen.schema import Side, Split
 from prefgen.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -190,11 +190,11 @@ def _encode(mllm: MLLM, *, reader: ShardReader, positions: range, total: int, in
     return features
 
 
-def user_images(sample: UserSample) -> list[Image.Image]:
-    """A user's images, liked ones first: the order of the feature rows."""
+def user_images(sample: UserSample, *, sides: Sequence[Side] = ("liked", "disliked")) -> list[Image.Image]:
+    """A user's images, by default liked ones, then disliked ones: the order of the feature rows."""
     return [
         decode_image(data, where=sample.image_where(side, position=position))
-        for side in ("liked", "disliked")
+        for side in sides
         for position, data in enumerate(sample.side(side))
     ]
 

@@ -54,7 +54,7 @@ def test_killed_after_every_commit(tmp_path, make, tools, monkeypatch, name):
 @pytest.mark.parametrize(
     "target",
     [
-        "history.jsonl",
+        pytest.param("history.jsonl", marks=pytest.mark.slow),
         pytest.param("card.md", marks=pytest.mark.slow),
         pytest.param("card.png", marks=pytest.mark.slow),
         "import.json",

@@ -79,6 +79,7 @@ def test_what_can_be_used_becomes_subjects(tree, tmp_path):
     assert json.loads((tmp_path / "out/subjects.json").read_text()) == content
 
 
+@pytest.mark.slow
 def test_subjects_are_shared_out_and_held_out_by_family(tree, tmp_path):
     plan = StampsPlan(max_subjects=8, max_pictures=1)
     content = import_stamps(tree, out=tmp_path / "one", plan=plan)

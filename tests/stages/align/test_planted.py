@@ -54,7 +54,8 @@ def test_small_groups_of_the_same_users_teach_who_is_who(sliced, least):
     assert 0.9 < spread(aligned).distance / spread(text).distance < 1.1
 
 
-@pytest.mark.parametrize("pairing", [pytest.param("independent", marks=pytest.mark.slow), "permuted"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pairing", ["independent", "permuted"])
 def test_without_the_own_texts_nobody_is_found(pairing):
     aligned, text = _train(pairing=pairing, group_size=8), UNSEEN.first()[1]
     result = retrieval(aligned, text, seed=0)

@@ -52,6 +52,14 @@ def test_workers_do_not_change_what_is_seen(make_config, tmp_path):
     assert seen[0] == seen[1]
 
 
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory):
+    prelude = "import prefgen.run, prefgen.stages.align.data, prefgen.stages.align.module"
+    started = Zygote(prelude, folder=tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.close()
+
+
 def _words(config):
     keys = {
         "workdir": config.workdir,
@@ -73,15 +81,41 @@ def _words(config):
     return ["fit", "--stage", "align", *(f"{key}={value}" for key, value in keys.items())]
 
 
-def test_kill_9_and_the_same_command_again(make_config, tmp_path):
-    every = 20
-    common = ("trainer.max_steps=200", "trainer.val_check_interval=1000", f"checkpoint.every_n_steps={every}")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_writes_a_checkpoint_and_says_how_to_go_on(zygote, make_config, number):
+    config = make_config("trainer.max_steps=5000", "checkpoint.every_n_steps=10")
+    folder = Path(config.run_dir) / "checkpoints"
+    process = zygote.start(*_words(config))
+    try:
+        process.wait_for(folder / "step-00000010.ckpt")
+        process.send_signal(number)
+    except BaseException:
+        process.send_signal(signal.SIGKILL)
+        raise
+    status, _, err = process.wait()
+    assert status == 128 + number, err
+    assert f"stopped by {number.name} after step" in err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert err.splitlines()[0].startswith("fit align: preset mini, run folder ")
+    assert config.run_dir in err.splitlines()[0]
+    if number != signal.SIGTERM:
+        return
+    last = list_checkpoints(folder)[-1]
+    further = make_config(f"trainer.max_steps={int(last.stem[5:]) + 1}", "checkpoint.every_n_steps=10")
+    status, out, err = zygote.start(*_words(further)).wait()
+    assert status == 0, err
+    assert f"going on from {last}" in err
+    assert "artefact: " in out
+    assert "checkpoint: " in out
+    assert "log: " in out
+
+
+def test_kill_9_and_the_same_command_again(zygote, make_config):
+    every = 10
+    common = ("trainer.max_steps=80", "trainer.val_check_interval=1000", f"checkpoint.every_n_steps={every}")
     killed, straight = (make_config(*common, run_dir=name) for name in ("killed", "straight"))
     folder = Path(killed.run_dir) / "checkpoints"
-    zygote = Zygote(
-        "import prefgen.run, prefgen.stages.align.data, prefgen.stages.align.module", folder=tmp_path
-    )
-
     process = zygote.start(*_words(killed))
     try:
         process.wait_for(folder / f"step-{every:08d}.ckpt")
@@ -89,16 +123,15 @@ def test_kill_9_and_the_same_command_again(make_config, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.wait()[0] == -signal.SIGKILL
     stopped_at = list_checkpoints(folder)[-1]
-    assert stopped_at.name != "step-00000200.ckpt", "it was through before the kill"
+    assert stopped_at.name != "step-00000080.ckpt", "it was through before the kill"
 
     status, _, err = zygote.start(*_words(killed)).wait()
-    zygote.close()
     assert status == 0, err
     assert f"going on from {stopped_at}" in err
 
     run_stage(straight, verb="fit", stage="align")
     one, other = (
-        torch.load(Path(config.run_dir) / "checkpoints/step-00000200.ckpt", weights_only=True)
+        torch.load(Path(config.run_dir) / "checkpoints/step-00000080.ckpt", weights_only=True)
         for config in (straight, killed)
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

@@ -159,7 +159,7 @@ def photographs(workdir, tmp_path_factory):
     return folder / "shards"
 
 
-@pytest.mark.parametrize("beforehand", [False, True])
+@pytest.mark.parametrize("beforehand", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_photographs_keep_their_shape_in_batches_of_one_size(make_config, photographs, tmp_path, beforehand):
     settings = [f"data.shards={photographs}", "data.max_aspect_ratio=2", "data.batch_size=2"]
     if beforehand:
@@ -191,6 +191,7 @@ def test_photographs_keep_their_shape_in_batches_of_one_size(make_config, photog
     assert {(2 * h, 2 * w) for h, w in shapes} <= set(modules[0].buckets)
 
 
+@pytest.mark.slow
 def test_a_batch_of_photographs_is_the_same_beforehand_and_while_training(make_config, photographs, tmp_path):
     settings = [f"data.shards={photographs}", "data.max_aspect_ratio=2", "data.batch_size=2"]
     encode_shards(make_config(*settings), out=tmp_path / "set", stored_as="float32")

@@ -1,6 +1,7 @@
 """Stage inject end to end on the tiny pipeline: what trains, what is kept, what is drawn, what is refused."""
 
 import json
+from itertools import chain, islice, repeat
 
 import numpy as np
 import pytest
@@ -30,13 +31,12 @@ def run_fit(config):
 
 def training_batches(config, module, count):
     loader = InjectData(config, image_size=module.bundle.image_size).train_dataloader()
-    batches = []
-    while len(batches) < count:
-        batches.extend(loader)
-    return batches[:count]
+    return list(islice(chain.from_iterable(repeat(loader)), count))
 
 
-@pytest.mark.parametrize(("num_workers", "cache"), [(0, "true"), (2, "true"), (2, "false")])
+@pytest.mark.parametrize(
+    ("num_workers", "cache"), [(0, "true"), pytest.param(2, "true", marks=pytest.mark.slow), (2, "false")]
+)
 def test_a_resumed_run_is_the_run_never_stopped(make_config, tmp_path, num_workers, cache):
     """14 training users in batches of 4: three batches an epoch, so step 4 of 6 lies inside the second."""
     config = make_config(

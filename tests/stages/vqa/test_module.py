@@ -35,6 +35,7 @@ def test_three_and_three_steps_are_six(make_config, tmp_path, num_workers):
     assert len(set(report.straight_batches)) == 6
 
 
+@pytest.mark.slow
 def test_batches_by_tokens_resume_exactly_too(make_config, tmp_path):
     """Four steps are more than one epoch of 16 users under this budget, so epochs differ in length."""
     report = assert_resume_is_exact(

@@ -1,4 +1,7 @@
-"""Embedding shards: core and sem of several reference draws a user, and every image's embedding."""
+"""Embedding shards: core and sem of several reference draws a user, and its images' embeddings.
+
+Training users bring embeddings of their liked images only, all others of both sides.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from prefgen.models.mllm import MLLM
 from prefgen.models.probes import LayerChoice, choice_to_json
 from prefgen.models.questions import UserRows
 from prefgen.models.representation import References, embed_references
-from prefgen.schema import Split, UserHistory
+from prefgen.schema import Side, Split, UserHistory, image_key
 from prefgen.stages.base import shard_root
 from prefgen.stages.features import model_hash, user_images
 from prefgen.stages.probe.config import ProbeConfig
@@ -150,6 +153,8 @@ def _embed_split(
     users: range,
 ) -> Iterator[UserEmbeddings]:
     features = load_split(config, mllm=mllm, split=split, device=mllm.device, users=users)
+    # Training reads liked pictures only; the disliked ones' embeddings are half of this step's time.
+    pictured: tuple[Side, ...] = ("liked",) if split == "train" else ("liked", "disliked")
     reader = ShardReader(shard_root(config.data.shards, loader=config.loader), split=split)
     embed, step = config.embed, config.embed.users_per_pass
     first_sparse = embed.num_draws - int(embed.num_draws * embed.sparse_share)
@@ -182,17 +187,16 @@ def _embed_split(
             for number, drawn in enumerate(group):
                 sample = reader[users.start + start + number]
                 assert sample is not None  # on_bad="raise"
-                image = encoder.embed(user_images(sample)).numpy()
-                yield _user(drawn, core=core[number], sem=sem[number], image=image)
+                image = encoder.embed(user_images(sample, sides=pictured)).numpy()
+                yield _user(drawn, core=core[number], sem=sem[number], image=image, pictured=pictured)
             bar.update(len(group))
 
 
-def _user(drawn: _Drawn, *, core: np.ndarray, sem: np.ndarray, image: np.ndarray) -> UserEmbeddings:
+def _user(
+    drawn: _Drawn, *, core: np.ndarray, sem: np.ndarray, image: np.ndarray, pictured: Sequence[Side]
+) -> UserEmbeddings:
     history = drawn.user.history
-    keys = [
-        *Draw(liked=tuple(range(len(history.liked))), disliked=()).keys(history.user_id),
-        *Draw(liked=(), disliked=tuple(range(len(history.disliked)))).keys(history.user_id),
-    ]
+    whole = [(side, history.side(side)) for side in pictured]
     return UserEmbeddings(
         user_id=history.user_id,
         core=core[0],
@@ -201,8 +205,10 @@ def _user(drawn: _Drawn, *, core: np.ndarray, sem: np.ndarray, image: np.ndarray
         sem_negative=sem[1],
         reference_keys=tuple(draw.keys(history.user_id) for draw in drawn.draws),
         image=image,
-        image_keys=tuple(keys),
-        prompts=tuple(one.prompt for one in (*history.liked, *history.disliked)),
+        image_keys=tuple(
+            image_key(history.user_id, side, i) for side, images in whole for i in range(len(images))
+        ),
+        prompts=tuple(one.prompt for _, images in whole for one in images),
         liked_attributes=history.liked_attributes,
         disliked_attributes=history.disliked_attributes,
     )
