@@ -85,6 +85,7 @@ def test_prefbench(tmp_path, make, tools):
     assert len([file for file in report["files"] if ".tar.part-" in file["name"]]) == 10
 
 
+@pytest.mark.slow
 def test_prefbench_already_unpacked(tmp_path, make, tools):
     source = make("prefbench")
     tools.run("prefbench", source, tmp_path / "a")

@@ -51,15 +51,8 @@ def test_killed_after_every_commit(tmp_path, make, tools, monkeypatch, name):
     assert tools.bytes_of(tmp_path / "killed") == tools.bytes_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("history.jsonl", marks=pytest.mark.slow),
-        pytest.param("card.md", marks=pytest.mark.slow),
-        pytest.param("card.png", marks=pytest.mark.slow),
-        "import.json",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["history.jsonl", "card.md", "card.png", "import.json"])
 def test_killed_while_files_are_put_in_place(tmp_path, make, tools, monkeypatch, target):
     source = make("table")
     tools.run("table", source, tmp_path / "whole")

@@ -212,6 +212,7 @@ def test_a_folder_of_subjects_is_checked(subjects, tmp_path):
         cutout_layers(Image.new("RGBA", (8, 8)))
 
 
+@pytest.mark.slow
 def test_the_command_line(tree, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["data", "stamps", str(tree), "--out", str(out)]) == 0

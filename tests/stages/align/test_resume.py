@@ -81,7 +81,7 @@ def _words(config):
     return ["fit", "--stage", "align", *(f"{key}={value}" for key, value in keys.items())]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_writes_a_checkpoint_and_says_how_to_go_on(zygote, make_config, number):
     config = make_config("trainer.max_steps=5000", "checkpoint.every_n_steps=10")
     folder = Path(config.run_dir) / "checkpoints"

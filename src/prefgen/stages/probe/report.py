@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -21,6 +20,7 @@ from prefgen.models.probes import (
     control_accuracy,
 )
 from prefgen.schema import SCHEMA_VERSION
+from prefgen.stages.figures import save_figure
 from prefgen.whole_file import write_json
 
 TITLES = {
@@ -102,7 +102,6 @@ def heat_map(report: ProbeReport, *, reading: str, path: Path) -> NDArray[np.uin
     layers, chance = report.num_layers, 1 / grid.num_classes
     values = np.array([cell.accuracy for cell in grid.cells]).reshape(layers, len(POOLINGS))
     figure = Figure(figsize=(5.2, 1.4 + 0.36 * layers), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(
         values, origin="lower", aspect="auto", cmap="viridis", vmin=min(chance, values.min()), vmax=1.0
@@ -128,10 +127,7 @@ def heat_map(report: ProbeReport, *, reading: str, path: Path) -> NDArray[np.uin
         corner = (POOLINGS.index(pooling) - 0.47, layer - 1 - 0.47)
         axes.add_patch(_frame(corner))
     figure.colorbar(image, ax=axes, label="accuracy")
-    canvas.draw()
-    figure.savefig(path)
-    picture: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return picture
+    return save_figure(figure, path=path)
 
 
 def _frame(corner: tuple[float, float]) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +27,7 @@ from prefgen.models.probes import LayerChoice, choice_to_json
 from prefgen.models.questions import UserRows
 from prefgen.models.readout import MIN_USERS, fit_readout
 from prefgen.stages.features import SplitFeatures
+from prefgen.stages.figures import save_figure
 from prefgen.stages.probe.config import ProbeConfig
 from prefgen.stages.probe.disjoint import (
     PARTS,
@@ -237,16 +237,12 @@ def write_unseen_report(report: Mapping[str, Any], *, folder: Path) -> NDArray[n
     """Write test.json and identification.png; the plot (H, W, 3) for TensorBoard."""
     write_json(folder / REPORT_NAME, content=report)
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(PARTS), sharey=True)
     for axes, name in zip(panels, PARTS, strict=True):
         plot_identification(axes, report, part=name)
         axes.set_title(f"{name}, {report['num_users']} unseen users", fontsize=10)
     legend_above(panels[0])
-    canvas.draw()
-    figure.savefig(folder / "identification.png")
-    picture: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return picture
+    return save_figure(figure, path=folder / "identification.png")
 
 
 def plot_identification(axes: Axes, report: Mapping[str, Any], *, part: Part) -> None:

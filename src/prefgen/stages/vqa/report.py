@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -21,6 +20,7 @@ from prefgen.evaluate.set_distances import bootstrap_sets
 from prefgen.models.calibration import Calibration, Reliability, fit_calibration, reliability
 from prefgen.models.questions import UserRows
 from prefgen.models.scoring import LikeScores, draw_like
+from prefgen.stages.figures import save_figure
 from prefgen.whole_file import write_json
 
 REPORT_NAME = "test.json"
@@ -182,12 +182,8 @@ def _plain(one: Reliability) -> dict[str, Any]:
 
 def _draw(fill: Any, *, path: Path) -> NDArray[np.uint8]:
     figure = Figure(figsize=(5, 4), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     fill(figure.add_subplot())
-    canvas.draw()
-    figure.savefig(path)
-    picture: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return picture
+    return save_figure(figure, path=path)
 
 
 def _references(axes: Axes, report: LikeReport) -> None:
