@@ -163,6 +163,7 @@ def test_scale_0_makes_own_the_base_model(words, tmp_path):
     assert metrics["utility"]["own"] == metrics["utility"]["base"]
 
 
+@pytest.mark.slow
 def test_image_only_may_be_left_out_and_bfloat16_works(words, tmp_path):
     out = tmp_path / "less"
     more = ["model.inject_image_only=", f"out={out}", "evaluate.num_users=9", "evaluate.num_draws=2"]

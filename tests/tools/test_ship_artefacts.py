@@ -46,6 +46,7 @@ def test_everything_a_profile_needs_is_copied_with_a_card(tool, work, tmp_path):
     assert json.loads((tmp_path / "out" / "cards" / "artefacts.json").read_text()) == card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqa/calibration.json", "inject/text_lora.safetensors"])
 def test_what_need_not_be_there_goes_along_and_an_older_one_does_not_stay(tool, work, tmp_path, name):
     source, target = work / name, tmp_path / "out" / Path(name).name

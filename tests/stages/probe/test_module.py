@@ -191,6 +191,7 @@ def test_checkpoint_holds_probes_only(finished):
     assert all(name.startswith("grids.") for name in content["state_dict"])
 
 
+@pytest.mark.slow
 def test_parts_of_a_prediction_make_the_whole(finished, monkeypatch):
     """As ranks write them: the same tar files and index as one process."""
     config, _ = finished
