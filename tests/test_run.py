@@ -324,7 +324,7 @@ def test_sharding_over_one_rank_is_the_plain_run(tmp_path):
     assert plain.places["artefact"].read_text() == again.places["artefact"].read_text()
 
 
-SLOW_TOY = f"""
+SCRIPT = f"""
 import os, sys, time, types
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import prefgen.stages as stages
@@ -340,6 +340,8 @@ class SlowToy(toy_stage.ToyModule):
         return super().training_step(batch, batch_idx)
 slow.SlowToy = SlowToy
 sys.modules["slow_toy"] = slow
+from prefgen.cli import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -350,12 +352,6 @@ def fit_words(tmp_path, *more, steps):
     words = ["fit", "--stage", "align", "--config", str(tmp_path / "empty.yaml"), f"workdir={tmp_path}"]
     words += [f"trainer.max_steps={steps}", "checkpoint.every_n_steps=1", "trainer.num_threads=1"]
     return [*words, *more]
-
-
-SCRIPT = f"""{SLOW_TOY}
-from prefgen.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def start(tmp_path, *more, nap, steps, **variables):

@@ -4,7 +4,7 @@
 
 A threshold is a dotted path into metrics.json and conditions on what stands there:
 ``{min: 0.8}``, ``{max: 0.1}``, ``{min: 0.85, of: other.path}`` (a share of another figure), and
-``{covers: 0.5, by: 0.02}`` for an entry with ``low`` and ``high``: the interval may miss by so much.
+``{covers: 0.5}`` for an entry with ``low`` and ``high``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ def judge(metrics: dict[str, Any], *, path: str, rule: dict[str, Any]) -> tuple[
         low, high = look_up(metrics, f"{path}.low"), look_up(metrics, f"{path}.high")
         if low is None or high is None:
             return False, f"{path} has no low and high"
-        slack = rule.get("by", 0)
-        words = f" within {slack}" if slack else ""
-        kept = low - slack <= rule["covers"] <= high + slack
-        return kept, f"{path} [{low:.3f}, {high:.3f}] covers {rule['covers']}{words}"
+        return low <= rule["covers"] <= high, f"{path} [{low:.3f}, {high:.3f}] covers {rule['covers']}"
     if not isinstance(value, int | float):
         return False, f"{path} is missing or no number"
     scale, words = 1.0, ""

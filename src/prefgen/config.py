@@ -131,9 +131,6 @@ class StageConfig:
         return ()
 
 
-_BLANKS: dict[Any, Any] = {}
-
-
 def load_config(
     stage: str, *, preset: str = "mini", file: Path | None = None, overrides: Iterable[str] = ()
 ) -> StageConfig:
@@ -174,6 +171,9 @@ def build_config(
     except OmegaConfBaseException as error:
         name = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{name}{str(error).splitlines()[0]}") from None
+
+
+_BLANKS: dict[type[StageConfig], Any] = {}
 
 
 def _blank(config_type: type[StageConfig]) -> Any:

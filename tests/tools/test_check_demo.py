@@ -36,8 +36,6 @@ METRICS = {
         ("blind", {"covers": 0.5}, True),
         ("vqa", {"covers": 0.5}, False),
         ("absent", {"covers": 0.5}, False),
-        ("vqa", {"covers": 0.5, "by": 1.0}, True),
-        ("vqa", {"covers": 0.5, "by": 0.01}, False),
         ("absent.mean", {"min": 0}, False),
         ("vqa", {"min": 0}, False),
     ],
@@ -49,5 +47,5 @@ def test_rules(check_demo, path, rule, kept):
 def test_shipped_thresholds_are_rules():
     path = ROOT / "configs" / "mini" / "demo_thresholds.yaml"
     for rule in yaml.safe_load(path.read_text(encoding="utf-8")).values():
-        assert rule.keys() <= {"min", "max", "of", "covers", "by"}
+        assert rule.keys() <= {"min", "max", "of", "covers"}
         assert rule.keys() & {"min", "max", "covers"}
