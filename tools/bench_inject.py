@@ -48,6 +48,7 @@ def save_tiny_workdir(folder: Path) -> list[str]:
     projector = SemProjector(ProjectorShape(sem_width=6, text_width=TINY_TEXT_DIM, hidden_width=8))
     save_projector(projector, path=folder / "align" / "projector.safetensors", lineage={}, text={})
     tiny = [
+        "model.init_adapter=null",  # the preset's was made for the mini pipeline
         "trainer.log_every_n_steps=4",
         "model.frozen_dtype=float32",
         "model.vae_dtype=float32",

@@ -248,6 +248,7 @@ def foundation(shards, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_pipeline_folder_loads_and_draws(foundation):
     bundle = DiffusionBundle.load(str(foundation / "pipeline"))
     pixels = sample(bundle, ["a fox, crimson"], seeds=[0], num_steps=2)
@@ -256,6 +257,7 @@ def test_the_pipeline_folder_loads_and_draws(foundation):
     assert bundle.unet.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_clip_comes_together_from_its_towers(foundation, pictures):
     from PIL import Image
 
@@ -266,12 +268,14 @@ def test_the_clip_comes_together_from_its_towers(foundation, pictures):
         Clip.load(foundation / "mllm")
 
 
+@pytest.mark.slow
 def test_the_mllm_loads_with_one_token_an_image(foundation, pictures):
     loaded = MLLM.load(foundation / "mllm")
     features = loaded.encode_images(np.array(pictures["heldout"].images[:2]))
     assert features.shape == (2, 1, loaded.hidden_size)
 
 
+@pytest.mark.slow
 def test_the_judge_knows_its_words(foundation, pictures):
     loaded = Judge.load(foundation / "judge.safetensors")
     data = pictures["heldout"]
@@ -295,6 +299,7 @@ def test_a_taste_names_what_its_picture_shows_and_more_of_the_same_groups(pictur
     assert 0.54 < np.mean(seconds) < 0.66
 
 
+@pytest.mark.slow
 def test_a_user_adapter_may_begin_with_the_one_that_reads_words(foundation):
     bundle = DiffusionBundle.load(str(foundation / "pipeline"))
     width = bundle.cross_width
@@ -313,6 +318,7 @@ def test_a_user_adapter_may_begin_with_the_one_that_reads_words(foundation):
     assert all(not torch.equal(trained[name], start[name]) for name in start)
 
 
+@pytest.mark.slow
 def test_every_part_leaves_a_card(foundation):
     for part in PARTS:
         card = json.loads((foundation / "cards" / f"{part}.json").read_text())
@@ -353,6 +359,7 @@ def test_a_part_loads_only_the_pictures_it_looks_at(pictures, tmp_path, monkeypa
     assert loaded == splits
 
 
+@pytest.mark.slow
 def test_a_unet_may_begin_with_a_trained_one(foundation, shards, tmp_path):
     """Checkpoints lie in --work, which a repository does not keep: training goes on from the weights."""
     shutil.copytree(foundation, tmp_path / "out")

@@ -15,6 +15,7 @@ from prefgen.data.index import ShardEntry
 from prefgen.data.reader import OnBad
 from prefgen.data.tarstore import OpenShard, sample_key
 from prefgen.errors import DataError
+from prefgen.inside import is_inside
 from prefgen.schema import HISTORY_SUFFIX, RatedImage, Side, UserHistory, image_member
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,6 @@ class ImageLoader:
         self.limits = limits
         self.on_bad = on_bad
         self.dropped = dropped
-        self._real_root = root.resolve()
 
     def load_side(self, history: UserHistory, *, side: Side) -> list[tuple[RatedImage, bytes]]:
         """Usable images with their bytes, renamed to their member names (positions count usable ones)."""
@@ -115,7 +115,7 @@ class ImageLoader:
             raise DataError(f"{where}: pipes and URLs are refused; give a file inside {self.root}")
         file = self.root / path
         try:
-            if not file.resolve().is_relative_to(self._real_root):
+            if not is_inside(file, root=self.root):
                 raise DataError(f"{where}: leads outside {self.root} through a link")
             status = file.stat()
             # A fifo would block forever, a device could feed bytes without end.

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prefgen.errors import DataError
+from prefgen.inside import is_inside
 from prefgen.whole_file import write_json
 
 INDEX = "pictures.json"
@@ -143,7 +144,7 @@ def _user(record: Mapping[str, Any], *, root: Path) -> PictureUser:
             )
     everything = [*user.liked, *user.disliked, *(file for files in user.pictures.values() for file in files)]
     for name in everything:
-        place = (root / name).resolve()
-        if not place.is_relative_to(root.resolve()) or not place.is_file():
+        place = root / name
+        if not is_inside(place, root=root) or not place.is_file():
             raise DataError(f"{root / INDEX}: no file {name} in this folder")
     return user

@@ -32,6 +32,8 @@ class StageModule(LightningModule):
 
     stage: ClassVar[str]
     """The stage's name in ``STAGES``."""
+    shards_layers: ClassVar[bool] = True
+    """Whether fsdp2 gathers transformer layers one by one: every rank must then call each equally often."""
 
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
@@ -53,7 +55,8 @@ class StageModule(LightningModule):
         """Cut the parameters up where trainer.strategy=fsdp2 asks for it; Lightning may call this twice."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not is_sharded(self):
-            shard(self, mesh=mesh["data_parallel"], blocks=repeated_blocks(self))
+            blocks = repeated_blocks(self) if self.shards_layers else ()
+            shard(self, mesh=mesh["data_parallel"], blocks=blocks)
 
     def on_validation_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Between steps parameters lie in parts, where they do."""

@@ -271,6 +271,22 @@ def _member(name: str, *, kind: bytes = tarfile.REGTYPE, target: str = "", data:
     return info, data
 
 
+def _place(members: list[tuple[tarfile.TarInfo, bytes]], suffix: str) -> int:
+    """Of the first member of this kind: what comes first in a tar is for its writer to choose."""
+    return next(i for i, (info, _) in enumerate(members) if info.name.endswith(f".{suffix}"))
+
+
+def _replace(
+    members: list[tuple[tarfile.TarInfo, bytes]], suffix: str, change: Callable[[bytes], bytes]
+) -> None:
+    place = _place(members, suffix)
+    info, data = members[place]
+    changed = change(data)
+    if changed == data:
+        raise AssertionError(f"{info.name} is what it was: the case would show nothing")
+    members[place] = info, changed
+
+
 def _tars() -> Iterator[Hostile]:
     added = {
         "a pickle": _member("u000000.x.pickle", data=EVIL),
@@ -296,15 +312,15 @@ def _tars() -> Iterator[Hostile]:
 
         yield Hostile(kind="tar", name=f"holds {name}", make=add)
     for name, change in {
-        "no history": lambda members: members.pop(0),
-        "no image": lambda members: members.pop(2),
-        "history not json": lambda m: m.__setitem__(0, (m[0][0], b"{")),
-        "history nested 100,000 deep": lambda m: m.__setitem__(0, (m[0][0], b"[" * 100_000)),
-        "history of another user": lambda m: m.__setitem__(
-            0, (m[0][0], m[0][1].replace(b"u000000", b"u000009"))
+        "no history": lambda members: members.pop(_place(members, "json")),
+        "no image": lambda members: members.pop(_place(members, "webp")),
+        "history not json": lambda members: _replace(members, "json", lambda _: b"{"),
+        "history nested 100,000 deep": lambda members: _replace(members, "json", lambda _: b"[" * 100_000),
+        "history of another user": lambda members: _replace(
+            members, "json", lambda data: data.replace(b"u000000", b"u000009")
         ),
-        "image is text": lambda m: m.__setitem__(1, (m[1][0], b"text")),
-        "image a bomb": lambda m: m.__setitem__(1, (m[1][0], _png(60_000, 60_000))),
+        "image is text": lambda members: _replace(members, "webp", lambda _: b"text"),
+        "image a bomb": lambda members: _replace(members, "webp", lambda _: _png(60_000, 60_000)),
     }.items():
 
         def alter(folder: Path, change: Any = change) -> list[str]:

@@ -124,6 +124,7 @@ def train_ranks(
         "checkpoint.every_n_steps": str(every),
         "optim.ema_decay": "0.9",
         "optim.warmup_steps": "2",
+        "optim.schedule": "constant",  # a run that is to go on does not know yet where a cosine would end
     }
     run_distributed(_rank, world_size, stage, settings, timeout=900.0)
     content: dict[str, Any] = torch.load(list_checkpoints(run_dir / "checkpoints")[-1], weights_only=True)

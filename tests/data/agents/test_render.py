@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,13 +128,13 @@ def test_test_agents_judge_test_concepts_only():
 
 
 def test_sides_differ_in_number_and_seed_changes_everything():
-    plan = AgentsPlan(num_users={"train": 1}, image_size=16)
+    plan = AgentsPlan(num_users={"train": 1}, image_size=16, min_images=2, max_images=6)
     sizes = {
         tuple(len(agent_history(i, "train", plan=plan)[0].side(s)) for s in ("liked", "disliked"))
-        for i in range(2)
+        for i in range(3)
     }
     assert any(a != b for a, b in sizes)
-    other = AgentsPlan(num_users={"train": 1}, image_size=16, seed=1)
+    other = replace(plan, seed=1)
     assert agent_history(0, "train", plan=plan)[1] != agent_history(0, "train", plan=other)[1]
 
 

@@ -58,7 +58,7 @@ def noted(inputs, tmp_path_factory):
         "model.lora_rank": 2,
         "data.batch_size": 8,
         "data.eval_references": 3,
-        "trainer.precision": "bf16-mixed",
+        "trainer.precision": "32-true",
         "trainer.validate_before_fit": "true",
         "trainer.max_steps": 4,
         "trainer.val_check_interval": 2,

@@ -13,6 +13,7 @@ from typing import Any
 from prefgen.data.images import MAX_IMAGE_BYTES
 from prefgen.data.sources.base import Unusable
 from prefgen.errors import DataError
+from prefgen.inside import is_inside
 
 MAX_RECORD_CHARS = 16 << 20
 """Most characters of one json record."""
@@ -59,7 +60,7 @@ def read_image(name: str, *, root: Path, where: str) -> bytes | Unusable:
     check_relative(name, where=where)
     file = root / name
     try:
-        if not file.resolve().is_relative_to(root.resolve()):
+        if not is_inside(file, root=root):
             raise DataError(f"{where}: {name[:120]!r} leads outside {root} through a link, which is refused")
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):  # a fifo would block forever

@@ -63,6 +63,7 @@ class InjectModule(StageModule):
     """Stage inject: fusion and user cross-attention train, everything else is frozen."""
 
     stage: ClassVar[str] = "inject"
+    shards_layers: ClassVar[bool] = False  # a rank that kept its texts calls no encoder: others would wait
 
     def __init__(self, config: InjectConfig) -> None:
         super().__init__(config)
@@ -143,8 +144,6 @@ class InjectModule(StageModule):
             with torch.autocast(sem.device.type, enabled=False):
                 parts["aligned"] = self.projector(sem.float())
         return {name: value for name, value in parts.items() if name in self.config.model.parts}
-
-    # Steps
 
     def training_step(self, batch: InjectBatch) -> Tensor:
         """Noise loss with drops; the users stay set until the next step, for gradient checkpointing."""

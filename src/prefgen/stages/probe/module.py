@@ -163,9 +163,10 @@ class ProbeModule(StageModule):
             numbers: Tensor = getattr(batch, _task(reading))
             share = self.mean_share(len(numbers))
             if not len(numbers):
-                if self.trainer.world_size > 1:  # every rank must touch every parameter
-                    grids = (self._grid(cast(GridName, name)) for name in (reading, f"{reading}_control"))
-                    losses += [0 * p.sum() for grid in grids for p in grid.parameters()]
+                # Every rank must touch every parameter, or DDP waits for ever. One process does so too, or
+                # AdamW would count its steps otherwise: no gradient is no step, a gradient of 0 is one.
+                grids = (self._grid(cast(GridName, name)) for name in (reading, f"{reading}_control"))
+                losses += [0 * p.sum() for grid in grids for p in grid.parameters()]
                 continue
             states, rows = self.states[reading], numbers.cpu()
             features = states.train[rows].to(self.device)
