@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "test")
 SOURCES = ("agent", "human")
 
 Side = Literal["liked", "disliked"]
+SIDES: tuple[Side, Side] = ("liked", "disliked")
 Split = Literal["train", "validation", "test"]
 Source = Literal["agent", "human"]
 

@@ -34,7 +34,7 @@ runs:
     steps: ["{{evaluate}} evaluate.user_scale=0.5"]
   - name: broken
     table: ablation
-    steps: ["{{evaluate}} evaluate.num_users=1"]
+    steps: ["{{evaluate}} evaluate.batch_size=0"]
 claims:
   - {{words: full strength is better, better: main, than: weak}}
 """
@@ -69,7 +69,7 @@ def test_a_killed_study_goes_on_and_reports(tmp_path, capsys):
     assert code == 1  # one run is broken
     printed = capsys.readouterr().out
     assert "3 runs finished, 1 failed" in printed
-    assert "evaluate.num_users=1 must be at least 2" in printed
+    assert "evaluate.batch_size=0 must be at least 1" in printed
     assert (work / "runs" / "main-0" / "report" / "metrics.json").stat().st_mtime_ns == before
     study = json.loads((work / "study" / "study.json").read_text())
     assert study["seeds"] == [0, 1]

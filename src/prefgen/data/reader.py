@@ -14,7 +14,7 @@ from prefgen.data.index import ShardEntry, ShardIndex, group_users, open_root, p
 from prefgen.data.remote import RemoteFolder
 from prefgen.data.tarstore import ShardFiles, split_members
 from prefgen.errors import DataError
-from prefgen.schema import HISTORY_SUFFIX, RatedImage, Side, Split, UserHistory, image_key
+from prefgen.schema import HISTORY_SUFFIX, SIDES, RatedImage, Side, Split, UserHistory, image_key
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class ShardReader:
             liked=tuple(data for part in parts for data in part.liked),
             disliked=tuple(data for part in parts for data in part.disliked),
         )
-        for side in ("liked", "disliked"):
+        for side in SIDES:
             _check_positions(history.side(side), side=side, where=sample.where)
         return sample
 

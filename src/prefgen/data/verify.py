@@ -29,7 +29,7 @@ from prefgen.data.index import (
 )
 from prefgen.data.reader import ShardReader, UserSample
 from prefgen.errors import DataError
-from prefgen.schema import Side, Split
+from prefgen.schema import SIDES, Side, Split
 
 MAX_PROBLEMS = 1000
 """Problems listed for one shard at most; the rest is counted."""
@@ -267,7 +267,7 @@ def _verify_file(path: Path, *, shard: ShardEntry) -> tuple[list[str], int]:
 
 
 def _bad_images(sample: UserSample) -> Iterator[str]:
-    sides: tuple[Side, ...] = ("liked", "disliked")
+    sides: tuple[Side, ...] = SIDES
     for side in sides:
         for position, data in enumerate(sample.side(side)):
             try:

@@ -14,6 +14,7 @@ from prefgen.errors import CheckpointError
 from prefgen.models.pixels import to_pil
 from prefgen.profile import UserProfile
 from prefgen.profile_batch import safe_name
+from prefgen.schema import SIDES
 from prefgen.study.users import StudyUser
 from prefgen.taste import TasteModels
 
@@ -112,7 +113,7 @@ class ProfileShelf:
         first = ProfileSet(making="built", images=start)
         profile = UserProfile.load(self.path(first, user_id=images.user_id))
         for count in range(start + 1, plan.images[-1] + 1):
-            for side in ("liked", "disliked"):
+            for side in SIDES:
                 new = getattr(images, side)[count - 1 : count]
                 if new:
                     profile = taste.update_profile(profile, **{side: new}, seed=seed)

@@ -21,6 +21,7 @@ from PIL import Image
 from prefgen.errors import ConfigError, DataError
 from prefgen.evaluate.picture_folder import PictureFolder
 from prefgen.lineage import hash_json
+from prefgen.schema import SIDES
 from prefgen.whole_file import whole_file
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "survey.html"
@@ -171,7 +172,7 @@ def _content(survey: Survey, *, folder: PictureFolder, title: str) -> dict[str, 
         "histories": [
             {
                 side: [_uri(folder.root / name, side=HISTORY_SIDE) for name in getattr(user, side)]
-                for side in ("liked", "disliked")
+                for side in SIDES
             }
             for user in asked
         ],

@@ -28,7 +28,7 @@ from prefgen.errors import DataError
 from prefgen.lineage import hash_folder
 from prefgen.models.mllm import MLLM
 from prefgen.models.questions import UserRows
-from prefgen.schema import Side, Split
+from prefgen.schema import SIDES, Side, Split
 from prefgen.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _encode(mllm: MLLM, *, reader: ShardReader, positions: range, total: int, in
     return features
 
 
-def user_images(sample: UserSample, *, sides: Sequence[Side] = ("liked", "disliked")) -> list[Image.Image]:
+def user_images(sample: UserSample, *, sides: Sequence[Side] = SIDES) -> list[Image.Image]:
     """A user's images, by default liked ones, then disliked ones: the order of the feature rows."""
     return [
         decode_image(data, where=sample.image_where(side, position=position))

@@ -22,7 +22,7 @@ from prefgen.models.lora import load_lora
 from prefgen.models.pixels import to_pil
 from prefgen.models.representation import list_attributes
 from prefgen.models.user_adapter import UserAdapter
-from prefgen.schema import Side, image_key
+from prefgen.schema import SIDES, Side, image_key
 from prefgen.stages.features import model_hash, model_source
 from prefgen.study.asking import MLLMForm
 from prefgen.study.config import EvaluateExtraSection
@@ -148,7 +148,7 @@ def liked_minus_disliked(user: StudyUser, *, dislike_weight: float) -> Tensor:
     Raises:
         DataError: no liked reference.
     """
-    liked, disliked = (mean_embedding(user, side=side) for side in ("liked", "disliked"))
+    liked, disliked = (mean_embedding(user, side=side) for side in SIDES)
     if liked is None:
         raise DataError(f"user {user.user_id} has no liked reference; leave image_mean and image_minus out")
     if disliked is None or not dislike_weight:

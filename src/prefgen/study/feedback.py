@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefgen.models.diffusion import DiffusionBundle, TextCondition
 from prefgen.models.sampling import sample
-from prefgen.schema import Side
+from prefgen.schema import SIDES, Side
 from prefgen.study.drawing import DrawSettings, Studio, rounded
 from prefgen.study.users import StudyUser
 
@@ -185,10 +185,7 @@ def draw_with_feedback(
         for name, base in processors.items()
     }
     parts = {field.name: getattr(bundle, field.name) for field in fields(bundle)}
-    references = {
-        side: encode_references(users, bundle=bundle, side=side, count=count)
-        for side in ("liked", "disliked")
-    }
+    references = {side: encode_references(users, bundle=bundle, side=side, count=count) for side in SIDES}
     jobs = [(row, i) for row, user in enumerate(users) for i in range(len(user.prompts))]
     drawn = []
     bundle.unet.set_attn_processor(own)
@@ -197,7 +194,7 @@ def draw_with_feedback(
             batch = jobs[start : start + settings.batch_size]
             rows = [row for row, _ in batch]
             shown: dict[Side, References] = {
-                cast(Side, side): References(latents=found.latents[rows], present=found.present[rows])
+                side: References(latents=found.latents[rows], present=found.present[rows])
                 for side, found in references.items()
             }
             pixels = sample(

@@ -13,10 +13,9 @@ from prefgen.data.agents.painters import paint
 from prefgen.data.agents.render import generator_for
 from prefgen.data.agents.subjects import Subjects, pick_picture
 from prefgen.data.agents.world import ATTRIBUTE_GROUPS, GROUPS, NUM_VALUES
-from prefgen.schema import Side, UserHistory
+from prefgen.schema import SIDES, UserHistory
 
 _TILE, _GAP, _LINE = 96, 6, 18
-_SIDES: tuple[Side, Side] = ("liked", "disliked")
 
 
 def attribute_sheet(*, seed: int = 0, rows: int = 2, subjects: Subjects = OPENMOJI) -> Image.Image:
@@ -91,7 +90,7 @@ def history_sheet(
     sheet = _blank(width=columns * (_TILE + _GAP), height=len(histories) * block + _LINE)
     draw, font = ImageDraw.Draw(sheet), _font()
     for number, (history, images) in enumerate(histories):
-        for row, side in enumerate(_SIDES):
+        for row, side in enumerate(SIDES):
             top = number * block + row * (_LINE + _TILE + _GAP)
             words = history.liked_attributes if side == "liked" else history.disliked_attributes
             label = f"{history.user_id}  {side} ({len(history.side(side))}): {', '.join(words)}"

@@ -10,11 +10,10 @@ from prefgen.data.sources.base import Batch, Desk, Judgement, Opened, Section
 from prefgen.data.sources.files import read_image, source_folder
 from prefgen.errors import DataError
 from prefgen.inside import is_inside
-from prefgen.schema import Side
+from prefgen.schema import SIDES, Side
 
 LAYOUT = "USER/liked/ and USER/disliked/ with images, or liked/ and disliked/"
 PROMPTS_NAME = "prompts.csv"
-_SIDES: tuple[Side, Side] = ("liked", "disliked")
 
 
 def open_source(path: Path) -> Opened:
@@ -28,11 +27,11 @@ def open_source(path: Path) -> Opened:
         DataError: no such folder, or nobody in it.
     """
     root = source_folder(path, layout=LAYOUT)
-    if any((root / side).is_dir() for side in _SIDES):
+    if any((root / side).is_dir() for side in SIDES):
         users = [""]
     else:
         users = sorted(
-            folder.name for folder in root.iterdir() if any((folder / side).is_dir() for side in _SIDES)
+            folder.name for folder in root.iterdir() if any((folder / side).is_dir() for side in SIDES)
         )
     if not users:
         raise DataError(f"{root}: nobody's images are here; expected {LAYOUT}")
@@ -51,7 +50,7 @@ def open_source(path: Path) -> Opened:
 def _listed(root: Path, *, users: list[str]) -> Iterator[tuple[str, Side, str]]:
     """User, side and path of every image file; the listing of one folder at a time is in memory."""
     for user in users:
-        for side in _SIDES:
+        for side in SIDES:
             folder = root / user / side
             if not folder.is_dir():
                 continue

@@ -27,7 +27,7 @@ from prefgen.models.mllm import MLLM
 from prefgen.models.probes import LayerChoice, choice_to_json
 from prefgen.models.questions import UserRows
 from prefgen.models.representation import References, embed_references
-from prefgen.schema import Side, Split, UserHistory, image_key
+from prefgen.schema import SIDES, Side, Split, UserHistory, image_key
 from prefgen.stages.base import shard_root
 from prefgen.stages.features import model_hash, user_images
 from prefgen.stages.probe.config import ProbeConfig
@@ -154,7 +154,7 @@ def _embed_split(
 ) -> Iterator[UserEmbeddings]:
     features = load_split(config, mllm=mllm, split=split, device=mllm.device, users=users)
     # Training reads liked pictures only; the disliked ones' embeddings are half of this step's time.
-    pictured: tuple[Side, ...] = ("liked",) if split == "train" else ("liked", "disliked")
+    pictured: tuple[Side, ...] = ("liked",) if split == "train" else SIDES
     reader = ShardReader(shard_root(config.data.shards, loader=config.loader), split=split)
     embed, step = config.embed, config.embed.users_per_pass
     first_sparse = embed.num_draws - int(embed.num_draws * embed.sparse_share)
