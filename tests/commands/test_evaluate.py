@@ -103,7 +103,8 @@ def test_what_is_missing_is_said_in_words(metrics):
 
 
 def test_two_runs_give_the_same_bytes(words, report, tmp_path, capsys):
-    assert main(["evaluate", *words, f"out={tmp_path / 'again'}"]) == 0
+    nothing_kept = f"data.feature_cache={tmp_path / 'features'}"
+    assert main(["evaluate", *words, f"out={tmp_path / 'again'}", nothing_kept]) == 0
     out = capsys.readouterr().out
     assert f"report: {tmp_path / 'again' / 'report.html'}" in out
     assert "own against other" in out

@@ -20,6 +20,9 @@ from prefgen.mmd.native import MAX_LEVELS, native_status
 SMALL_ROWS = 512
 """Largest N + M that is worked on as one stacked problem."""
 
+ONE_PRODUCT_ROWS = 128
+"""Largest N + M whose inner products come from one GEMM; above, a second call costs less than it saves."""
+
 
 def fits_small(
     x: Tensor, y: Tensor, wx: Tensor | None, wy: Tensor | None, *, kernel: str, estimator: str, levels: int
@@ -74,7 +77,7 @@ def small_pass(
         tables += [*rates, *origins, *values, *(gain * factor for gain in gains)]
     packed = (ctypes.c_double * len(tables))(*tables)
     totals = (ctypes.c_double * 3)()
-    tile = dots(z, z)
+    tile = _inner_products(z, n=n)
     library.prefgen_mmd_small(
         _at(tile),
         _count(n),
@@ -103,6 +106,16 @@ def small_pass(
         _at(total), _at(z), _count(n), _count(m), _count(width), _at(work), constants, int(need_y)
     )
     return out, total
+
+
+def _inner_products(z: Tensor, *, n: int) -> Tensor:
+    """(N + M, N + M) inner products; those of y by x may be anything, native.c writes them itself."""
+    if len(z) <= ONE_PRODUCT_ROWS:
+        return dots(z, z)
+    tile = z.new_empty(len(z), len(z))
+    tile[:n] = dots(z[:n], z)
+    tile[n:, n:] = dots(z[n:], z[n:])
+    return tile
 
 
 def _levels(

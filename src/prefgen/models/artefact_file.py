@@ -55,18 +55,20 @@ class ArtefactKind:
         key: of the header in the file's metadata.
         version: of the format; a reader refuses any other.
         stage: whose fit writes it.
+        shared: several processes may write one file at once.
     """
 
     name: str
     key: str
     version: int
     stage: str
+    shared: bool = False
 
     def write(self, path: Path, *, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Write tensors and header in one piece."""
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         text = sealed({**header, "version": self.version}, tensors=plain)
-        with whole_file(path) as part:
+        with whole_file(path, shared=self.shared) as part:
             # save_file would make a file that only its owner can read, and so a shared artefact of no use.
             part.write_bytes(to_bytes(plain, metadata={self.key: text}))
 

@@ -18,6 +18,11 @@ def to_uint8(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return (array * 255).round().astype(np.uint8)
 
 
+def from_uint8(array: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """Pixels (B,3,H,W) in [-1,1] of bytes (B,H,W,3)."""
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def to_pil(pixels: Tensor) -> list[Image.Image]:
     """Pictures of pixels (B,3,H,W) in [-1,1]."""
     return [Image.fromarray(array) for array in to_uint8(pixels)]

@@ -17,6 +17,7 @@ from prefgen.study.asking import mllm_form
 from prefgen.study.baselines import EXTRA_MEANINGS, Rivals, draw_rivals
 from prefgen.study.config import EvaluateConfig
 from prefgen.study.drawing import MEANINGS, DrawSettings, Studio, draw_all
+from prefgen.study.kept_drawings import kept_drawings
 from prefgen.study.users import StudyUser
 
 ADAPTER = "user_adapter.safetensors"
@@ -47,6 +48,7 @@ def open_studio(config: EvaluateConfig) -> Studio:
         memory_format=model.memory_format,
         image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
         device=model.device,
+        kept=kept_drawings(config),
     )
 
 

@@ -20,8 +20,8 @@ class EvaluateDataConfig:
     embeddings: str = "${workdir}/embeddings"
     """Folder of embedding shards, written by 'prefgen predict --stage probe'."""
     feature_cache: str = "${workdir}/features"
-    """Folder where image features are shared with stages vqa and probe, and where what the judge reads on
-    known drawings waits for the next evaluation of the same ones; empty keeps them in memory only."""
+    """Folder where image features are shared with stages vqa and probe, and where the base model's pictures
+    and what the judge reads on known drawings wait for the next evaluation; empty keeps nothing."""
 
 
 @dataclass

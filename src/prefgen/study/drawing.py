@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from prefgen.evaluate.alignment import derangement
 from prefgen.lineage import hash_file, hash_folder
 from prefgen.models.diffusion import DiffusionBundle
 from prefgen.models.fusion import PartName
-from prefgen.models.pixels import to_uint8
+from prefgen.models.pixels import from_uint8, to_uint8
 from prefgen.models.projector import SemProjector, load_projector
 from prefgen.models.sampling import SampleUsers, sample
 from prefgen.models.user_adapter import UserAdapter, load_user_adapter
+from prefgen.study.kept_drawings import KeptDrawings, plain_request
 from prefgen.study.users import StudyUser
 
 MEANINGS = {
@@ -51,6 +53,7 @@ class Studio:
         bundle: the pipeline; its UNet may be in bfloat16, the rest is float32.
         projector: stage align's.
         header: lineage of the embeddings.
+        kept: pictures of the base model from earlier evaluations.
     """
 
     def __init__(
@@ -63,13 +66,14 @@ class Studio:
         memory_format: Any,
         image_encoder: str | None = None,
         device: str = "cpu",
+        kept: KeptDrawings | None = None,
     ) -> None:
         self.bundle = DiffusionBundle.load(
             pipeline, memory_format=memory_format, image_encoder=image_encoder, device=device
         )
         # Not unet.to(): diffusers warns of modules to be kept in float32 there, though it lists none.
         torch.nn.Module.to(self.bundle.unet, unet_dtype)
-        self.header = header
+        self.header, self.kept = header, kept
         self.projector: SemProjector = load_projector(projector).projector.to(device)
         self._projector_hash = hash_file(projector)
         unet = Path(pipeline) / "unet"
@@ -141,7 +145,17 @@ class Studio:
         users = None
         if adapter is not None and parts is not None:
             users = SampleUsers.of(adapter, parts=parts, scale=settings.user_scale)
-        return self.draw_for(prompts, seeds=seeds, settings=settings, users=users, progress=progress)
+        draw = partial(self.draw_for, prompts, seeds=seeds, settings=settings, users=users, progress=progress)
+        if users is not None or self.kept is None:
+            return draw()
+        asked = plain_request(
+            prompts,
+            seeds=seeds,
+            num_steps=settings.num_steps,
+            guidance_scale=settings.guidance_scale,
+            batch_size=settings.batch_size,
+        )
+        return self.kept.find_or_draw(draw, asked=asked, progress=progress)
 
     @torch.no_grad()
     def draw_for(
@@ -189,7 +203,7 @@ class Studio:
 
 def rounded(pixels: Tensor) -> Tensor:
     """Pixels as they are after saving and reading an 8-bit picture."""
-    return torch.from_numpy(to_uint8(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(to_uint8(pixels))
 
 
 def draw_all(
