@@ -7,11 +7,17 @@ import torch
 from prefgen.study import kept_drawings as module
 from prefgen.study.config import load_evaluate_config
 from prefgen.study.drawing import rounded
-from prefgen.study.kept_drawings import KeptDrawings, kept_drawings, plain_request
+from prefgen.study.kept_drawings import KeptDrawings, kept_drawings
 from prefgen.study.run import settled
 from prefgen.testing.diffusion import save_tiny_pipeline
 
-ASKED = plain_request(["a fox", "a cat"], seeds=[1, 2], num_steps=2, guidance_scale=3.0, batch_size=2)
+ASKED = {
+    "prompts": ["a fox", "a cat"],
+    "seeds": [1, 2],
+    "num_steps": 2,
+    "guidance_scale": 3.0,
+    "batch_size": 2,
+}
 
 
 class Brush:

@@ -17,7 +17,7 @@ from prefgen.study.asking import mllm_form
 from prefgen.study.baselines import EXTRA_MEANINGS, Rivals, draw_rivals
 from prefgen.study.config import EvaluateConfig
 from prefgen.study.drawing import MEANINGS, DrawSettings, Studio, draw_all
-from prefgen.study.kept_drawings import kept_drawings
+from prefgen.study.kept_drawings import KeptDrawings
 from prefgen.study.users import StudyUser
 
 ADAPTER = "user_adapter.safetensors"
@@ -35,8 +35,8 @@ def meanings(config: EvaluateConfig) -> dict[str, str]:
     return {name: known[name] for name in in_order(known)}
 
 
-def open_studio(config: EvaluateConfig) -> Studio:
-    """Pipeline and projector."""
+def open_studio(config: EvaluateConfig, *, kept: KeptDrawings | None = None) -> Studio:
+    """Pipeline and projector, and where the base model's pictures are kept, if they are."""
     model = config.model
     pipeline = resolve_path(model.pipeline)
     local = model.pipeline.startswith("asset:") or pipeline.exists()
@@ -48,7 +48,7 @@ def open_studio(config: EvaluateConfig) -> Studio:
         memory_format=model.memory_format,
         image_encoder=None if model.image_encoder is None else str(resolve_path(model.image_encoder)),
         device=model.device,
-        kept=kept_drawings(config),
+        kept=kept,
     )
 
 

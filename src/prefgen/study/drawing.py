@@ -22,7 +22,7 @@ from prefgen.models.pixels import from_uint8, to_uint8
 from prefgen.models.projector import SemProjector, load_projector
 from prefgen.models.sampling import SampleUsers, sample
 from prefgen.models.user_adapter import UserAdapter, load_user_adapter
-from prefgen.study.kept_drawings import KeptDrawings, plain_request
+from prefgen.study.kept_drawings import KeptDrawings
 from prefgen.study.users import StudyUser
 
 MEANINGS = {
@@ -148,13 +148,13 @@ class Studio:
         draw = partial(self.draw_for, prompts, seeds=seeds, settings=settings, users=users, progress=progress)
         if users is not None or self.kept is None:
             return draw()
-        asked = plain_request(
-            prompts,
-            seeds=seeds,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            batch_size=settings.batch_size,
-        )
+        asked = {
+            "prompts": list(prompts),
+            "seeds": [int(seed) for seed in seeds],
+            "num_steps": settings.num_steps,
+            "guidance_scale": settings.guidance_scale,
+            "batch_size": settings.batch_size,  # products of another one round differently
+        }
         return self.kept.find_or_draw(draw, asked=asked, progress=progress)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ whether it was there or not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,19 +87,6 @@ def kept_drawings(config: EvaluateConfig) -> KeptDrawings | None:
         **{name: version(name) for name in ("prefgen", "torch", "diffusers", "transformers")},
     }
     return KeptDrawings(folder=Path(config.data.feature_cache), made_by=made_by)
-
-
-def plain_request(
-    prompts: Sequence[str], *, seeds: Sequence[int], num_steps: int, guidance_scale: float, batch_size: int
-) -> dict[str, Any]:
-    """What is asked for; the batch size too, since products of another one round differently."""
-    return {
-        "prompts": list(prompts),
-        "seeds": [int(seed) for seed in seeds],
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
-        "batch_size": batch_size,
-    }
 
 
 def _read(path: Path, *, made_from: dict[str, Any]) -> Tensor | None:

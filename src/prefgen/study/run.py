@@ -29,6 +29,7 @@ from prefgen.study.judged import (
     preference_figures,
     worst_users,
 )
+from prefgen.study.kept_drawings import kept_drawings
 from prefgen.study.known_drawings import read_known_drawings
 from prefgen.study.mllm_judge import MLLMJudge
 from prefgen.study.stages import RUNS, align_figures, probe_figures, run_figures
@@ -182,7 +183,7 @@ def _pictures(
     config: EvaluateConfig, *, judge: Judge, mllm_judge: MLLMJudge | None, clock: _Clock
 ) -> tuple[dict[str, Any], list[ShownUser], dict[str, Any]]:
     settings, seed = config.evaluate, config.seed
-    studio = open_studio(config)
+    studio = open_studio(config, kept=kept_drawings(config))
     shards = resolve_path(config.data.shards)
     pool = prompt_pool(shards, known=judge.subjects)
     users = load_users(

@@ -46,6 +46,16 @@ def check_relative(name: str, *, where: str) -> None:
         )
 
 
+def check_inside(path: Path, *, root: Path) -> None:
+    """Refuse a file or folder that a link leads out of the source.
+
+    Raises:
+        DataError: it does.
+    """
+    if not is_inside(path, root=root):
+        raise DataError(f"{path} leads outside {root} through a link, which is refused")
+
+
 def read_image(name: str, *, root: Path, where: str) -> bytes | Unusable:
     """Bytes of an image file.
 

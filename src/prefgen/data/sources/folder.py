@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefgen.data.sources.base import Batch, Desk, Judgement, Opened, Section
-from prefgen.data.sources.files import read_image, source_folder
+from prefgen.data.sources.files import check_inside, read_image, source_folder
 from prefgen.errors import DataError
-from prefgen.inside import is_inside
 from prefgen.schema import SIDES, Side
 
 LAYOUT = "USER/liked/ and USER/disliked/ with images, or liked/ and disliked/"
@@ -54,8 +53,7 @@ def _listed(root: Path, *, users: list[str]) -> Iterator[tuple[str, Side, str]]:
             folder = root / user / side
             if not folder.is_dir():
                 continue
-            if not is_inside(folder, root=root):
-                raise DataError(f"{folder} leads outside {root} through a link, which is refused")
+            check_inside(folder, root=root)
             for name in sorted(entry.name for entry in folder.iterdir() if not entry.is_dir()):
                 # Systems leave hidden files such as .DS_Store in every folder; they were never images.
                 if not name.startswith("."):
@@ -85,8 +83,7 @@ def _prompts(file: Path, *, root: Path) -> dict[str, str]:
     """Prompts by image path relative to the csv, or by bare file name."""
     if not file.is_file():
         return {}
-    if not is_inside(file, root=root):
-        raise DataError(f"{file} leads outside {root} through a link, which is refused")
+    check_inside(file, root=root)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)

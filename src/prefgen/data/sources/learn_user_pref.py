@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prefgen.data.sources.base import Batch, Desk, Judgement, Opened, Payload, Section, Unusable, Verdict
-from prefgen.data.sources.files import natural_order, source_folder
+from prefgen.data.sources.files import check_inside, natural_order, source_folder
 from prefgen.data.sources.frames import PickledFrame
 from prefgen.errors import DataError
-from prefgen.inside import is_inside
 
 COLUMNS = (
     "user_id", "reference_list", "reference_list_bad", "reference_prompt_list", "image0", "image1", "prompt",
@@ -33,8 +32,7 @@ def open_source(path: Path) -> Opened:
     if not files:
         raise DataError(f"{root}: no .pkl files; expected {LAYOUT}")
     for file in files:
-        if not is_inside(file, root=root):
-            raise DataError(f"{file} leads outside {root} through a link, which is refused")
+        check_inside(file, root=root)
     notes = (
         "of a row's two candidates the preferred one is liked and the other disliked",
         "rows of one user repeat much of its history; exact-duplicates counts these",

@@ -8,9 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from prefgen.data.sources.base import Batch, Desk, Judgement, Opened, Payload, Section, Unusable, Verdict
-from prefgen.data.sources.files import natural_order, source_folder
+from prefgen.data.sources.files import check_inside, natural_order, source_folder
 from prefgen.errors import DataError
-from prefgen.inside import is_inside
 
 COLUMNS = ("user_id", "caption", "jpg_0", "jpg_1", "label_0", "label_1")
 LAYOUT = "parquet files with the columns " + ", ".join(COLUMNS)
@@ -38,8 +37,7 @@ def open_source(path: Path) -> Opened:
     if not files:
         raise DataError(f"{root}: no parquet files; expected {LAYOUT}")
     for file in files:
-        if not is_inside(file, root=root):
-            raise DataError(f"{file} leads outside {root} through a link, which is refused")
+        check_inside(file, root=root)
     sections = tuple(_section(file, root=root, parquet=parquet) for file in files)
     notes = ("of a pair the chosen image is liked and the other disliked, for that prompt",)
     return Opened(importer="pickapic", root=root, source="human", sections=sections, unit="row", notes=notes)

@@ -13,6 +13,7 @@ from prefgen.data.images import MAX_IMAGE_BYTES
 from prefgen.data.sources.base import Batch, Desk, Judgement, Opened, Payload, Section, Taste, Unusable
 from prefgen.data.sources.files import (
     JoinedFile,
+    check_inside,
     check_relative,
     json_list,
     natural_order,
@@ -23,7 +24,6 @@ from prefgen.data.sources.files import (
 )
 from prefgen.data.sources.pickles import load_plain
 from prefgen.errors import DataError
-from prefgen.inside import is_inside
 
 SPLITS = ("diffusiondb", "coco")
 LAYOUT = "json/NAME.json, pkl/NAME.pkl and NAME.tar.part-*, for diffusiondb or coco"
@@ -60,8 +60,7 @@ def _half(root: Path, *, name: str) -> Iterator[Section]:
     if not parts and not unpacked:
         raise DataError(f"{root}: no images for {records.name}; expected {name}.tar.part-* beside json/")
     for file in (records, *parts, *[tastes][: tastes.is_file()]):
-        if not is_inside(file, root=root):
-            raise DataError(f"{file} leads outside {root} through a link, which is refused")
+        check_inside(file, root=root)
     yield Section(
         name=f"json/{records.name}",
         files=(records,),
